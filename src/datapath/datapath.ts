@@ -1,0 +1,172 @@
+import type { Socket } from 'node:net'
+
+/**
+ * The datapath runs the NBD transmission phase: framing, in-place I/O, replies. It decides nothing. It sees
+ * tables (slots, init bitmap, direct bitmap) that the volume policy owns and changes, and it asks the policy
+ * (an *upcall*) about everything the tables do not answer.
+ *
+ *   read, init bit 1          member read of the slot
+ *   read, init bit 0          the export's fill byte, no I/O (a hole in structured replies where fill is 0)
+ *   write, all direct bits 1  in place; then answered, or with FUA an upcall `sync` that says "it is in place"
+ *   write, otherwise          upcall `write`; the payload stays here, named by the upcall's id
+ *   trim, write zeroes        upcall `trim`, `zero`
+ *   flush                     upcall `sync`
+ *   block status              upcall `status`
+ *   cache                     read-ahead of what is in slots, answered here
+ *
+ * Two implementations pass one contract suite (test/contract): native (native/, C++) and portable (TypeScript).
+ *
+ * Concurrency rules, held by both:
+ *  1. A request reads the init bit before the slot, with acquire order; the policy writes the slot before the bit.
+ *  2. Direct bits are looked at when the bytes are about to be written, never earlier: a client that stalls
+ *     in the middle of a payload holds nothing.
+ *  3. `barrier()` resolves when every member access (in-place write, read) that began before the call has
+ *     finished. An access that begins later sees every table change made before the call.
+ *  4. Commands of one policy turn are submitted together, upcalls and completions arrive in batches.
+ */
+
+/** Where slots lie on the members. Chunk c (0..k-1) of slot s is on member (s + c) mod (k + p), parity chunk q on
+ * member (s + k + q) mod (k + p), each at `dataOffset + s * chunkSize`. */
+export interface StoreLayout {
+  /** Open file descriptors, in member order; k + p of them. They stay the caller's to close, after `close()`. */
+  readonly memberFds: readonly number[]
+  readonly dataMembers: number // k
+  readonly parityMembers: number // p; 0 in this release
+  readonly chunkSize: number // bytes
+  readonly dataOffset: number // bytes
+}
+
+/** The tables of one export; owned and written by the policy, read by the datapath. */
+export interface ExportTables {
+  readonly size: number // bytes; a multiple of 512; the last stripe may be cut short by it
+  readonly slots: Uint32Array // stripe -> slot; 0 = none
+  readonly init: Uint32Array // words of the init bitmap, one bit a format unit
+  readonly direct: Uint32Array // words of the direct bitmap, one bit a stripe
+}
+
+export interface ExportSpec {
+  readonly name: string // for messages
+  readonly stripeSize: number // bytes; k * chunkSize
+  readonly formatUnit: number // stripes an init bit stands for
+  readonly fill: number // byte that unformatted stripes read as
+  readonly tables: ExportTables
+}
+
+export type UpcallKind = 'write' | 'sync' | 'trim' | 'zero' | 'status'
+
+export interface Upcall {
+  readonly id: number // unique among the outstanding ones of this datapath
+  readonly kind: UpcallKind
+  readonly flags: number // NBD command flags as received (FUA, NO_HOLE, FAST_ZERO, REQ_ONE ...)
+  readonly offset: number // bytes; offset + length <= size was checked
+  readonly length: number // bytes; > 0 except for `sync` of a flush
+  readonly contexts: readonly number[] // `status`: the wire ids asked for; else empty
+}
+
+/** Wanted by one `status` upcall: extents from `offset` on, in order, without gaps. */
+export interface StatusResult {
+  readonly context: number // wire id
+  readonly extents: readonly StatusExtent[]
+}
+export interface StatusExtent {
+  readonly length: number // bytes
+  readonly flags: number
+}
+
+export interface ExportHandler {
+  /** Called with every batch; each upcall must in the end be answered by `complete` or `completeStatus`, once. */
+  onUpcalls(upcalls: readonly Upcall[]): void
+}
+
+export type ReplyMode = 'simple' | 'structured' | 'extended'
+
+/** What negotiation hands over. */
+export interface SessionSpec {
+  readonly socket: Socket // plain TCP or unix socket; the datapath owns it from here on
+  readonly received: Buffer // bytes of the transmission phase that were already read off the socket
+  readonly mode: ReplyMode
+  readonly contexts: readonly number[] // wire ids negotiated, empty where none were
+  readonly readOnly: boolean
+  readonly onClose: (reason: SessionEnd) => void // exactly once
+}
+export type SessionEnd = 'disconnect' | 'hangup' | 'protocol' | 'error' | 'closed'
+
+export type ExportId = number
+export type SessionId = number
+
+/** Counters since the export (or for members, the datapath) was opened. All counts are requests or bytes. */
+export interface ExportCounters {
+  readonly reads: number
+  readonly readBytes: number
+  readonly writes: number
+  readonly writeBytes: number
+  readonly flushes: number
+  readonly trims: number
+  readonly zeroes: number
+  readonly errors: number // requests answered with an error
+  readonly upcalls: number
+  readonly inPlaceWrites: number // write requests (or pieces) that needed no decision
+  readonly fullStripeWrites: number // stripes written whole by `formatUnit`
+}
+export interface MemberCounters {
+  readonly reads: number
+  readonly readBytes: number
+  readonly writes: number
+  readonly writeBytes: number
+  readonly syncs: number
+}
+
+export interface DatapathDescription {
+  readonly kind: 'native' | 'portable'
+  readonly engine: 'io_uring' | 'threads' | 'node'
+  readonly threads: number
+  readonly reason: string // why this one runs, a sentence for `status`
+}
+
+/** A full-stripe write of one format unit. */
+export interface FormatUnit {
+  readonly export: ExportId
+  readonly stripe: number // the unit's first stripe
+  readonly slots: readonly number[] // where each stripe of the unit goes, in order
+  /** What lies under: the fill byte where absent or 0, else the content of that slot (copy-on-write), a stripe each. */
+  readonly baseSlots?: readonly number[]
+  /** Upcalls laid over it in this order, each clipped to the unit: `write` by its payload, `trim` and `zero` as zeros. */
+  readonly overlays: readonly number[]
+}
+
+export interface Datapath {
+  readonly description: DatapathDescription
+
+  openExport(spec: ExportSpec, handler: ExportHandler): ExportId
+  /** Switches to other tables (resize). Resolves when nothing uses the old ones; until then the caller keeps both up to date. */
+  retable(id: ExportId, tables: ExportTables): Promise<void>
+  /** Ends the export's sessions (no more requests are read, those in flight are answered), then forgets it. */
+  closeExport(id: ExportId): Promise<void>
+
+  serve(id: ExportId, session: SessionSpec): SessionId
+  /** Sessions of an export that are still open. */
+  sessionCount(id: ExportId): number
+
+  /** Answers an upcall: 0, or a number of the NBD errno table. Unknown to nobody: each id exactly once. */
+  complete(upcall: number, errno: number): void
+  completeStatus(upcall: number, results: readonly StatusResult[]): void
+
+  // Member access by the policy. Each rejects with a StoreError MEMBER_IO or NO_SPACE that names member and offset.
+  formatUnit(request: FormatUnit): Promise<void>
+  /** Writes the part of upcall `upcall` (its payload, or zeros for trim and zero) that lies in `stripe` to `slot`, in place. */
+  writePart(upcall: number, stripe: number, slot: number): Promise<void>
+  readSlot(slot: number, offset: number, target: Buffer): Promise<void>
+  writeSlot(slot: number, offset: number, source: Buffer): Promise<void>
+  /** All completed member writes become durable. */
+  sync(): Promise<void>
+  /** Gives the space of free slots [slot, slot + count) back to the file system; false where that is not possible. */
+  punch(slot: number, count: number): Promise<boolean>
+
+  barrier(): Promise<void>
+
+  exportCounters(id: ExportId): ExportCounters
+  memberCounters(): readonly MemberCounters[]
+
+  /** Drains and closes all exports, stops all threads. Member descriptors are unused after it resolves. */
+  close(): Promise<void>
+}

@@ -1,0 +1,243 @@
+import { assert } from '../base/assert.ts'
+import { StoreError, messageOf } from '../base/errors.ts'
+import { LIMITS } from '../base/limits.ts'
+import type { Change, Journal } from './journal.ts'
+import type { MetadataPage } from './records.ts'
+import type { MetadataStore } from './store.ts'
+
+/**
+ * The ledger orders what becomes durable when: members, journal, LMDB.
+ *
+ *   record      journal frame in the page cache            before the first write it describes is answered
+ *   flush       members synced, mark in the journal, journal synced     before FLUSH or FUA is answered
+ *   checkpoint  members synced, dirty pages in one LMDB transaction     when the journal or the dirty set grows
+ *
+ * Rules:
+ *  1. `record` comes after the data it speaks of was written to the members. So a sync of the members that begins
+ *     after a frame was appended covers that frame's data, and only such a sync allows a mark or a checkpoint over it.
+ *  2. Pages are copied in the same turn in which the sequence is read: a checkpoint holds exactly the frames up to it.
+ *  3. One flush runs at a time. Callers that arrive while it runs share the next: the running one may have begun
+ *     before their writes were answered.
+ *  4. After a failed sync nothing is known about what the kernel dropped: the ledger fails for good, every later
+ *     flush is refused, and nothing is promised that may not be there.
+ */
+
+/** The tables whose changes the ledger makes durable. */
+export interface PageSource {
+  dirtyPages(): number
+  /** Copies of all dirty pages, which are clean from then on. */
+  takeDirtyPages(): MetadataPage[]
+  /** A commit failed: these are dirty again. */
+  returnDirtyPages(pages: readonly MetadataPage[]): void
+}
+
+export interface LedgerOptions {
+  readonly journal: Journal
+  readonly store: MetadataStore
+  readonly source: PageSource
+  readonly syncMembers: () => Promise<void>
+  /** A checkpoint failed and will be tried again; or the ledger failed for good. */
+  readonly onTrouble: (kind: 'checkpoint' | 'sync', message: string) => void
+  /** Called when everything up to `sequence` is durable. */
+  readonly onDurable: (sequence: number) => void
+}
+
+/** Dirty pages that ask for a checkpoint, and the most there may be. */
+const DIRTY_PAGES_SOFT = 1024
+const DIRTY_PAGES_HARD = 8192
+const RETRY_MS = 1_000
+
+interface Waiting {
+  readonly changes: readonly Change[]
+  readonly resolve: (sequence: number) => void
+  readonly reject: (error: unknown) => void
+}
+
+export class Ledger {
+  readonly #options: LedgerOptions
+  #durable: number // sequence
+  #queued: Waiting[] = []
+  #flushing: Promise<void> | undefined
+  #nextFlush: Promise<void> | undefined
+  #checkpointing: Promise<void> | undefined
+  #failure: StoreError | undefined
+  #checkpointFailed = false
+  #retryAt = 0
+  #timer: NodeJS.Timeout
+  #closed = false
+
+  constructor(options: LedgerOptions) {
+    this.#options = options
+    this.#durable = options.journal.lastSequence
+    this.#timer = setInterval(() => this.#tick(), Math.min(LIMITS.checkpointMsMax, RETRY_MS))
+    this.#timer.unref()
+  }
+
+  get durableSequence(): number {
+    return this.#durable
+  }
+
+  get failure(): StoreError | undefined {
+    return this.#failure
+  }
+
+  /**
+   * Records changes; resolves with their sequence when they survive the death of this process. Changes recorded in
+   * one turn share a frame. Waits for a checkpoint where the journal or the dirty set is full.
+   * @throws StoreError NO_SPACE when metadata cannot be written at present, MEMBER_IO after a failure for good
+   */
+  record(changes: readonly Change[]): Promise<number> {
+    return new Promise((resolve, reject) => {
+      if (this.#queued.push({ changes, resolve, reject }) === 1) queueMicrotask(() => this.#drain())
+    })
+  }
+
+  /** Everything that was written and recorded before the call is durable when it resolves. */
+  flush(): Promise<void> {
+    if (this.#flushing === undefined) {
+      const running = this.#flushOnce()
+      this.#flushing = running
+      const done = (): void => {
+        this.#flushing = undefined
+      }
+      running.then(done, done)
+      return running
+    }
+    // Rule 3.
+    this.#nextFlush ??= this.#flushing.then(
+      () => this.#startNext(),
+      () => this.#startNext(),
+    )
+    return this.#nextFlush
+  }
+
+  /** Moves everything into LMDB. */
+  async checkpoint(): Promise<void> {
+    this.#checkpointing ??= this.#checkpointOnce().finally(() => {
+      this.#checkpointing = undefined
+      this.#drain()
+    })
+    await this.#checkpointing
+  }
+
+  /** Flush, checkpoint, stop. The journal is empty afterwards, so the next opening has nothing to replay. */
+  async close(): Promise<void> {
+    this.#closed = true
+    clearInterval(this.#timer)
+    await this.#checkpointing?.catch(() => {})
+    if (this.#failure === undefined) await this.checkpoint()
+  }
+
+  async #startNext(): Promise<void> {
+    this.#nextFlush = undefined
+    await this.flush()
+  }
+
+  async #flushOnce(): Promise<void> {
+    this.#throwIfFailed()
+    const { journal } = this.#options
+    const covered = journal.lastChangeSequence // rule 1: read before the sync begins
+    try {
+      await this.#options.syncMembers()
+      if (covered > this.#durable) {
+        journal.mark(covered)
+        await journal.sync()
+      }
+    } catch (error) {
+      throw this.#fail(error)
+    }
+    this.#becameDurable(covered)
+  }
+
+  async #checkpointOnce(): Promise<void> {
+    this.#throwIfFailed()
+    const { journal, store, source } = this.#options
+    const sequence = journal.lastSequence // rule 2: no await between these two lines
+    const pages = source.takeDirtyPages()
+    if (pages.length === 0 && sequence === store.checkpoint()) return
+    try {
+      await this.#options.syncMembers()
+    } catch (error) {
+      source.returnDirtyPages(pages)
+      throw this.#fail(error)
+    }
+    try {
+      await store.commit({ pages, sequence })
+    } catch (error) {
+      source.returnDirtyPages(pages)
+      this.#retryAt = Date.now() + RETRY_MS
+      if (!this.#checkpointFailed) this.#options.onTrouble('checkpoint', messageOf(error))
+      this.#checkpointFailed = true
+      throw error
+    }
+    this.#checkpointFailed = false
+    journal.checkpointed(sequence)
+    this.#becameDurable(sequence)
+  }
+
+  #drain(): void {
+    while (this.#queued.length > 0) {
+      if (this.#failure !== undefined) return this.#rejectQueued(this.#failure)
+      // As many as fit one frame; a frame is bounded by what a request can change.
+      const batch: Waiting[] = []
+      const changes: Change[] = []
+      for (const waiting of this.#queued) {
+        if (batch.length > 0 && changes.length + waiting.changes.length > 4096) break
+        batch.push(waiting)
+        changes.push(...waiting.changes)
+      }
+      const { journal, source } = this.#options
+      if (!journal.hasRoom(changes.length) || source.dirtyPages() > DIRTY_PAGES_HARD) {
+        if (this.#checkpointFailed && Date.now() < this.#retryAt) {
+          return this.#rejectQueued(new StoreError('NO_SPACE', 'metadata: the journal is full and LMDB takes no commit'))
+        }
+        // Rejections are handled there: the queue is looked at again either way.
+        this.checkpoint().catch(() => {})
+        return
+      }
+      this.#queued.splice(0, batch.length)
+      let sequence: number
+      try {
+        sequence = journal.append(changes)
+      } catch (error) {
+        for (const waiting of batch) waiting.reject(error)
+        continue
+      }
+      for (const waiting of batch) waiting.resolve(sequence)
+      if (journal.wantsCheckpoint || source.dirtyPages() > DIRTY_PAGES_SOFT) this.#wantCheckpoint()
+    }
+  }
+
+  #wantCheckpoint(): void {
+    if (this.#checkpointing !== undefined || Date.now() < this.#retryAt || this.#closed) return
+    this.checkpoint().catch(() => {}) // reported through onTrouble
+  }
+
+  #tick(): void {
+    if (this.#failure !== undefined || this.#options.source.dirtyPages() === 0) return
+    this.#wantCheckpoint()
+  }
+
+  #rejectQueued(error: StoreError): void {
+    for (const waiting of this.#queued.splice(0)) waiting.reject(error)
+  }
+
+  #becameDurable(sequence: number): void {
+    if (sequence <= this.#durable) return
+    this.#durable = sequence
+    assert(this.#durable <= this.#options.journal.lastSequence) // never promise what was not recorded
+    this.#options.onDurable(sequence)
+  }
+
+  #fail(error: unknown): StoreError {
+    if (this.#failure === undefined) {
+      this.#failure = new StoreError('MEMBER_IO', `the pool stopped taking flushes: ${messageOf(error)}`, { cause: error })
+      this.#options.onTrouble('sync', messageOf(error))
+    }
+    return this.#failure
+  }
+
+  #throwIfFailed(): void {
+    if (this.#failure !== undefined) throw this.#failure
+  }
+}

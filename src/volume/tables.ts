@@ -1,0 +1,266 @@
+import { assert } from '../base/assert.ts'
+import { Bitmap } from '../base/bitmap.ts'
+import { StoreError } from '../base/errors.ts'
+import type { ExportTables } from '../datapath/datapath.ts'
+import { CHANGE, type Change } from '../metadata/journal.ts'
+import { INIT_PAGE_BITS, MAP_PAGE_ENTRIES, type MetadataPage, type PageKind, type SlotRun } from '../metadata/records.ts'
+
+/**
+ * A volume's tables: stripe -> slot, init bitmap, direct bitmap, and which of their pages LMDB lacks.
+ *
+ *   init  slot  direct
+ *    0     0      0     formatting data; nothing is stored
+ *    0     s      0     thick, trimmed: slot s stays reserved, its content is never read
+ *    1     s      0     content in slot s; a write asks the policy
+ *    1     s      1     content in slot s; a write goes in place
+ *    any other combination is a bug
+ *
+ * I/O threads read these while this thread writes them. On the way up: slot, then init, then direct. On the way
+ * down: direct, (barrier), init, then slot. So a reader that sees a bit also sees what the bit promises.
+ */
+export interface TableShape {
+  readonly size: number // bytes
+  readonly stripeSize: number // bytes
+  readonly formatUnit: number // stripes
+}
+
+export class VolumeTables {
+  readonly medium: number
+  readonly size: number
+  readonly stripeSize: number
+  readonly formatUnit: number
+  readonly stripeCount: number
+  readonly unitCount: number
+  readonly slots: Uint32Array
+  readonly init: Bitmap
+  readonly direct: Bitmap
+  readonly #dirtyMap: Bitmap
+  readonly #dirtyInit: Bitmap
+  /** Map pages that ever held a slot: a walk over the slots of a large volume looks at these only. */
+  readonly #usedMap: Bitmap
+  #dirtyCount = 0
+  #formattedUnits = 0
+  #mappedStripes = 0
+  /** While the datapath moves over to larger or smaller tables, changes go to both. */
+  #successor: VolumeTables | undefined
+
+  constructor(medium: number, shape: TableShape) {
+    this.medium = medium
+    this.size = shape.size
+    this.stripeSize = shape.stripeSize
+    this.formatUnit = shape.formatUnit
+    this.stripeCount = Math.ceil(shape.size / shape.stripeSize)
+    this.unitCount = Math.ceil(this.stripeCount / shape.formatUnit)
+    this.slots = new Uint32Array(this.stripeCount)
+    this.init = new Bitmap(this.unitCount)
+    this.direct = new Bitmap(this.stripeCount)
+    this.#dirtyMap = new Bitmap(Math.ceil(this.stripeCount / MAP_PAGE_ENTRIES))
+    this.#dirtyInit = new Bitmap(Math.ceil(this.unitCount / INIT_PAGE_BITS))
+    this.#usedMap = new Bitmap(this.#dirtyMap.length)
+  }
+
+  get exportTables(): ExportTables {
+    return { size: this.size, slots: this.slots, init: this.init.words, direct: this.direct.words }
+  }
+
+  get formattedUnits(): number {
+    return this.#formattedUnits
+  }
+
+  /** Stripes that have a slot, formatted or (thick, trimmed) reserved. */
+  get mappedStripes(): number {
+    return this.#mappedStripes
+  }
+
+  get dirtyPages(): number {
+    return this.#dirtyCount
+  }
+
+  slotOf(stripe: number): number {
+    assert(stripe < this.stripeCount, 'stripe past the end of the volume')
+    return this.slots[stripe] ?? 0
+  }
+
+  unitOf(stripe: number): number {
+    return Math.floor(stripe / this.formatUnit)
+  }
+
+  /** The stripes of a unit; the last unit may be cut short by the end of the volume. */
+  unitStripes(unit: number): { first: number; count: number } {
+    const first = unit * this.formatUnit
+    return { first, count: Math.min(this.formatUnit, this.stripeCount - first) }
+  }
+
+  setSlots(first: number, count: number, slot: number): void {
+    for (let i = 0; i < count; i++) {
+      const before = this.slotOf(first + i)
+      const after = slot === 0 ? 0 : slot + i
+      if (before === 0 && after !== 0) this.#mappedStripes++
+      if (before !== 0 && after === 0) this.#mappedStripes--
+      Atomics.store(this.slots, first + i, after)
+    }
+    for (let page = Math.floor(first / MAP_PAGE_ENTRIES); page * MAP_PAGE_ENTRIES < first + count; page++) {
+      this.#touch(this.#dirtyMap, page)
+      if (slot !== 0) this.#usedMap.set(page)
+    }
+    this.#successor?.clip(first, count, (from, n) => this.#successor?.setSlots(from, n, slot))
+  }
+
+  setFormatted(unit: number): void {
+    if (this.init.get(unit)) return
+    const { first, count } = this.unitStripes(unit)
+    for (let stripe = first; stripe < first + count; stripe++) assert(this.slotOf(stripe) !== 0, 'init bit without a slot')
+    this.init.set(unit)
+    this.#formattedUnits++
+    this.#touch(this.#dirtyInit, Math.floor(unit / INIT_PAGE_BITS))
+    if (this.#successor !== undefined && unit < this.#successor.unitCount) this.#successor.setFormatted(unit)
+  }
+
+  setReleased(unit: number): void {
+    if (!this.init.get(unit)) return
+    const { first, count } = this.unitStripes(unit)
+    for (let stripe = first; stripe < first + count; stripe++) assert(!this.direct.get(stripe), 'direct bit without init')
+    this.init.clear(unit)
+    this.#formattedUnits--
+    this.#touch(this.#dirtyInit, Math.floor(unit / INIT_PAGE_BITS))
+    if (this.#successor !== undefined && unit < this.#successor.unitCount) this.#successor.setReleased(unit)
+  }
+
+  /** From now on writes to the unit go in place (DESIGN invariant 1). */
+  setDirect(unit: number): void {
+    const { first, count } = this.unitStripes(unit)
+    assert(this.init.get(unit), 'direct bit without init')
+    this.direct.setRange(first, first + count)
+    if (this.#successor !== undefined && unit < this.#successor.unitCount) this.#successor.setDirect(unit)
+  }
+
+  clearDirect(unit: number): void {
+    const { first, count } = this.unitStripes(unit)
+    this.direct.clearRange(first, first + count)
+    if (this.#successor !== undefined && unit < this.#successor.unitCount) this.#successor.clearDirect(unit)
+  }
+
+  /** Runs `action` on the part of [first, first + count) stripes that this volume has. */
+  clip(first: number, count: number, action: (first: number, count: number) => void): void {
+    const end = Math.min(first + count, this.stripeCount)
+    if (end > first) action(first, end - first)
+  }
+
+  /** Replays one journal record (recovery). Idempotent. @throws StoreError DAMAGED when it does not fit the volume */
+  apply(change: Change): void {
+    const bound = change.op === CHANGE.slots ? this.stripeCount : this.unitCount
+    const end = change.first + change.count
+    // A record from before a forced shrink may reach past the end.
+    const stop = Math.min(end, bound)
+    switch (change.op) {
+      case CHANGE.slots:
+        if (stop > change.first) this.setSlots(change.first, stop - change.first, change.slot)
+        return
+      case CHANGE.formatted:
+        for (let unit = change.first; unit < stop; unit++) this.setFormatted(unit)
+        return
+      case CHANGE.released:
+        for (let unit = change.first; unit < stop; unit++) this.setReleased(unit)
+        return
+      default:
+        throw new StoreError('DAMAGED', `journal: unknown record ${change.op} for medium ${this.medium}; use a newer fullstripe`)
+    }
+  }
+
+  /** Takes over a stored page. @throws StoreError DAMAGED when it lies outside the volume */
+  loadPage(kind: PageKind, index: number, bytes: Buffer): void {
+    const words = new Uint32Array(bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + (bytes.length & ~3)))
+    const target = kind === 'map' ? this.slots : this.init.words
+    const at = kind === 'map' ? index * MAP_PAGE_ENTRIES : (index * INIT_PAGE_BITS) / 32
+    if (index < 0 || at >= target.length) {
+      throw new StoreError('DAMAGED', `metadata: ${kind} page ${index} of medium ${this.medium} lies past the end of its volume`)
+    }
+    if (kind === 'map') this.#usedMap.set(index)
+    target.set(at + words.length > target.length ? words.subarray(0, target.length - at) : words, at)
+  }
+
+  /** After all pages are loaded: counts. */
+  finishLoading(): void {
+    this.#formattedUnits = this.init.count()
+    let mapped = 0
+    for (const run of this.slotRuns()) mapped += run.count
+    this.#mappedStripes = mapped
+  }
+
+  /** All slots of the volume as runs: stripes and slots both consecutive. */
+  *slotRuns(): Generator<SlotRun> {
+    let run = { stripe: 0, count: 0, slot: 0 }
+    for (let page = this.#usedMap.nextSet(0); page < this.#usedMap.length; page = this.#usedMap.nextSet(page + 1)) {
+      const end = Math.min((page + 1) * MAP_PAGE_ENTRIES, this.stripeCount)
+      for (let stripe = page * MAP_PAGE_ENTRIES; stripe < end; stripe++) {
+        const slot = this.slots[stripe] ?? 0
+        if (slot === 0) continue
+        if (run.count > 0 && run.stripe + run.count === stripe && run.slot + run.count === slot) {
+          run.count++
+        } else {
+          if (run.count > 0) yield run
+          run = { stripe, count: 1, slot }
+        }
+      }
+    }
+    if (run.count > 0) yield run
+  }
+
+  takeDirtyPages(): MetadataPage[] {
+    const pages: MetadataPage[] = []
+    const take = (kind: PageKind, dirty: Bitmap, words: Uint32Array, wordsPerPage: number): void => {
+      for (let index = dirty.nextSet(0); index < dirty.length; index = dirty.nextSet(index + 1)) {
+        const part = words.subarray(index * wordsPerPage, (index + 1) * wordsPerPage)
+        const used = part.some((word) => word !== 0)
+        pages.push({ medium: this.medium, kind, index, bytes: used ? copyBytes(part) : undefined })
+        dirty.clear(index)
+      }
+    }
+    take('map', this.#dirtyMap, this.slots, MAP_PAGE_ENTRIES)
+    take('init', this.#dirtyInit, this.init.words, INIT_PAGE_BITS / 32)
+    this.#dirtyCount = 0
+    return pages
+  }
+
+  returnDirtyPage(page: MetadataPage): void {
+    const dirty = page.kind === 'map' ? this.#dirtyMap : this.#dirtyInit
+    if (page.index < dirty.length) this.#touch(dirty, page.index)
+  }
+
+  /** Begins a move to tables of another size: they hold the same content where both reach, and follow every change. */
+  beginSuccessor(size: number): VolumeTables {
+    assert(this.#successor === undefined, 'one resize at a time')
+    const next = new VolumeTables(this.medium, { size, stripeSize: this.stripeSize, formatUnit: this.formatUnit })
+    const stripes = Math.min(this.stripeCount, next.stripeCount)
+    // Copy only what is there: the tables of a large empty volume stay unbacked.
+    for (let unit = this.init.nextSet(0); unit < this.unitCount; unit = this.init.nextSet(unit + 1)) {
+      if (unit < next.unitCount) next.init.set(unit)
+    }
+    for (let page = this.#usedMap.nextSet(0); page < next.#usedMap.length; page = this.#usedMap.nextSet(page + 1)) {
+      if (page >= this.#usedMap.length) break
+      const at = page * MAP_PAGE_ENTRIES
+      next.slots.set(this.slots.subarray(at, Math.min(at + MAP_PAGE_ENTRIES, stripes)), at)
+      next.#usedMap.set(page)
+    }
+    for (let s = this.direct.nextSet(0); s < stripes; s = this.direct.nextSet(s + 1)) next.direct.set(s)
+    for (let i = this.#dirtyMap.nextSet(0); i < this.#dirtyMap.length; i = this.#dirtyMap.nextSet(i + 1)) {
+      if (i < next.#dirtyMap.length) next.#touch(next.#dirtyMap, i)
+    }
+    for (let i = this.#dirtyInit.nextSet(0); i < this.#dirtyInit.length; i = this.#dirtyInit.nextSet(i + 1)) {
+      if (i < next.#dirtyInit.length) next.#touch(next.#dirtyInit, i)
+    }
+    next.finishLoading()
+    this.#successor = next
+    return next
+  }
+
+  #touch(dirty: Bitmap, page: number): void {
+    if (dirty.get(page)) return
+    dirty.set(page)
+    this.#dirtyCount++
+  }
+}
+
+function copyBytes(words: Uint32Array): Buffer {
+  return Buffer.from(words.buffer.slice(words.byteOffset, words.byteOffset + words.byteLength))
+}
