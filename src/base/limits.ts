@@ -46,6 +46,16 @@ export const LIMITS = {
   /** How long a first write may wait for its neighbours, so that a sequential fill writes each stripe once. */
   mergeHoldMs: 2,
   drainMsMax: 30_000,
+
+  /** Control API: requests are small; a stream of events or a big map is read in pages. */
+  apiBodyBytesMax: 64 * KiB,
+  apiConnectionsMax: 256,
+  mapExtentsPerPage: 10_000,
+  densityCellsMax: 64 * KiB,
+  /** Events kept in memory; a reader that falls further behind is told how many it missed. */
+  eventsKept: 1000,
+  datapathThreadsMax: 64,
+  nbdClientConnectionsMax: 32,
 } as const
 
 // Relations between limits, asserted once as they load.

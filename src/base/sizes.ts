@@ -11,11 +11,16 @@ export function parseSize(text: string, what = 'size'): number {
   const match = /^(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B)?$/i.exec(text.trim())
   const unit = match?.[2] === undefined ? undefined : UNITS[match[2].toUpperCase()]
   if (match === null || unit === undefined) {
-    throw new UserError('USAGE', `${what} "${text}" is not a size: write bytes or use K, M, G, T, P (for example 64K or 10G)`)
+    throw new UserError(
+      'USAGE',
+      `${what} "${text}" is not a size: write bytes or use K, M, G, T, P (for example 64K or 10G)`,
+    )
   }
   const bytes = Number(match[1]) * unit
-  if (!Number.isInteger(bytes)) throw new UserError('USAGE', `${what} "${text}" is not a whole number of bytes`)
-  if (!Number.isSafeInteger(bytes)) throw new UserError('USAGE', `${what} "${text}" is larger than this program can count`)
+  if (!Number.isInteger(bytes))
+    throw new UserError('USAGE', `${what} "${text}" is not a whole number of bytes`)
+  if (!Number.isSafeInteger(bytes))
+    throw new UserError('USAGE', `${what} "${text}" is larger than this program can count`)
   return bytes
 }
 

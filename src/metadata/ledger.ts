@@ -3,7 +3,7 @@ import { StoreError, messageOf } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
 import type { Change, Journal } from './journal.ts'
 import type { MetadataPage } from './records.ts'
-import type { MetadataStore } from './store.ts'
+import type { Commit, MetadataStore } from './store.ts'
 
 /**
  * The ledger orders what becomes durable when: members, journal, LMDB.
@@ -49,6 +49,7 @@ const RETRY_MS = 1_000
 
 interface Waiting {
   readonly changes: readonly Change[]
+  readonly apply: (sequence: number) => void
   readonly resolve: (sequence: number) => void
   readonly reject: (error: unknown) => void
 }
@@ -84,11 +85,13 @@ export class Ledger {
   /**
    * Records changes; resolves with their sequence when they survive the death of this process. Changes recorded in
    * one turn share a frame. Waits for a checkpoint where the journal or the dirty set is full.
+   * @param apply makes the same changes in the tables, at once after the frame was written (rule 2: a checkpoint
+   * must never see a sequence without its changes)
    * @throws StoreError NO_SPACE when metadata cannot be written at present, MEMBER_IO after a failure for good
    */
-  record(changes: readonly Change[]): Promise<number> {
+  record(changes: readonly Change[], apply: (sequence: number) => void): Promise<number> {
     return new Promise((resolve, reject) => {
-      if (this.#queued.push({ changes, resolve, reject }) === 1) queueMicrotask(() => this.#drain())
+      if (this.#queued.push({ changes, apply, resolve, reject }) === 1) queueMicrotask(() => this.#drain())
     })
   }
 
@@ -113,7 +116,20 @@ export class Ledger {
 
   /** Moves everything into LMDB. */
   async checkpoint(): Promise<void> {
-    this.#checkpointing ??= this.#checkpointOnce().finally(() => {
+    this.#checkpointing ??= this.#checkpointOnce(undefined).finally(() => {
+      this.#checkpointing = undefined
+      this.#drain()
+    })
+    await this.#checkpointing
+  }
+
+  /**
+   * A checkpoint that stores catalog records in the same transaction.
+   * @param prepare changes tables and returns the records; called in the turn in which the dirty pages are copied
+   */
+  async checkpointWith(prepare: () => Commit): Promise<void> {
+    while (this.#checkpointing !== undefined) await this.#checkpointing.catch(() => {})
+    this.#checkpointing = this.#checkpointOnce(prepare).finally(() => {
       this.#checkpointing = undefined
       this.#drain()
     })
@@ -149,12 +165,13 @@ export class Ledger {
     this.#becameDurable(covered)
   }
 
-  async #checkpointOnce(): Promise<void> {
+  async #checkpointOnce(prepare: (() => Commit) | undefined): Promise<void> {
     this.#throwIfFailed()
     const { journal, store, source } = this.#options
-    const sequence = journal.lastSequence // rule 2: no await between these two lines
+    const sequence = journal.lastSequence // rule 2: no await between these lines
+    const extra = prepare?.() ?? {}
     const pages = source.takeDirtyPages()
-    if (pages.length === 0 && sequence === store.checkpoint()) return
+    if (prepare === undefined && pages.length === 0 && sequence === store.checkpoint()) return
     try {
       await this.#options.syncMembers()
     } catch (error) {
@@ -162,7 +179,7 @@ export class Ledger {
       throw this.#fail(error)
     }
     try {
-      await store.commit({ pages, sequence })
+      await store.commit({ ...extra, pages: [...pages, ...(extra.pages ?? [])], sequence })
     } catch (error) {
       source.returnDirtyPages(pages)
       this.#retryAt = Date.now() + RETRY_MS
@@ -203,6 +220,7 @@ export class Ledger {
         for (const waiting of batch) waiting.reject(error)
         continue
       }
+      for (const waiting of batch) waiting.apply(sequence)
       for (const waiting of batch) waiting.resolve(sequence)
       if (journal.wantsCheckpoint || source.dirtyPages() > DIRTY_PAGES_SOFT) this.#wantCheckpoint()
     }

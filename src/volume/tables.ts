@@ -41,8 +41,8 @@ export class VolumeTables {
   #dirtyCount = 0
   #formattedUnits = 0
   #mappedStripes = 0
-  /** While the datapath moves over to larger or smaller tables, changes go to both. */
-  #successor: VolumeTables | undefined
+  /** While the datapath moves over to larger or smaller tables, every change goes to these too. */
+  #follower: VolumeTables | undefined
 
   constructor(medium: number, shape: TableShape) {
     this.medium = medium
@@ -103,7 +103,7 @@ export class VolumeTables {
       this.#touch(this.#dirtyMap, page)
       if (slot !== 0) this.#usedMap.set(page)
     }
-    this.#successor?.clip(first, count, (from, n) => this.#successor?.setSlots(from, n, slot))
+    this.#follower?.clip(first, count, (from, n) => this.#follower?.setSlots(from, n, slot))
   }
 
   setFormatted(unit: number): void {
@@ -113,7 +113,7 @@ export class VolumeTables {
     this.init.set(unit)
     this.#formattedUnits++
     this.#touch(this.#dirtyInit, Math.floor(unit / INIT_PAGE_BITS))
-    if (this.#successor !== undefined && unit < this.#successor.unitCount) this.#successor.setFormatted(unit)
+    if (this.#follower !== undefined && unit < this.#follower.unitCount) this.#follower.setFormatted(unit)
   }
 
   setReleased(unit: number): void {
@@ -123,7 +123,7 @@ export class VolumeTables {
     this.init.clear(unit)
     this.#formattedUnits--
     this.#touch(this.#dirtyInit, Math.floor(unit / INIT_PAGE_BITS))
-    if (this.#successor !== undefined && unit < this.#successor.unitCount) this.#successor.setReleased(unit)
+    if (this.#follower !== undefined && unit < this.#follower.unitCount) this.#follower.setReleased(unit)
   }
 
   /** From now on writes to the unit go in place (DESIGN invariant 1). */
@@ -131,13 +131,13 @@ export class VolumeTables {
     const { first, count } = this.unitStripes(unit)
     assert(this.init.get(unit), 'direct bit without init')
     this.direct.setRange(first, first + count)
-    if (this.#successor !== undefined && unit < this.#successor.unitCount) this.#successor.setDirect(unit)
+    if (this.#follower !== undefined && unit < this.#follower.unitCount) this.#follower.setDirect(unit)
   }
 
   clearDirect(unit: number): void {
     const { first, count } = this.unitStripes(unit)
     this.direct.clearRange(first, first + count)
-    if (this.#successor !== undefined && unit < this.#successor.unitCount) this.#successor.clearDirect(unit)
+    if (this.#follower !== undefined && unit < this.#follower.unitCount) this.#follower.clearDirect(unit)
   }
 
   /** Runs `action` on the part of [first, first + count) stripes that this volume has. */
@@ -222,14 +222,36 @@ export class VolumeTables {
     return pages
   }
 
+  /** Removals for the stored pages that lie past the end of `next`. */
+  pagesPast(next: VolumeTables): MetadataPage[] {
+    const pages: MetadataPage[] = []
+    for (let index = next.#dirtyMap.length; index < this.#usedMap.length; index++) {
+      index = this.#usedMap.nextSet(index)
+      if (index < this.#usedMap.length) pages.push({ medium: this.medium, kind: 'map', index, bytes: undefined })
+    }
+    for (let index = next.#dirtyInit.length; index < this.#dirtyInit.length; index++) {
+      pages.push({ medium: this.medium, kind: 'init', index, bytes: undefined })
+    }
+    return pages
+  }
+
   returnDirtyPage(page: MetadataPage): void {
     const dirty = page.kind === 'map' ? this.#dirtyMap : this.#dirtyInit
     if (page.index < dirty.length) this.#touch(dirty, page.index)
   }
 
-  /** Begins a move to tables of another size: they hold the same content where both reach, and follow every change. */
-  beginSuccessor(size: number): VolumeTables {
-    assert(this.#successor === undefined, 'one resize at a time')
+  /** From now on `follower` gets every change that lies within it. */
+  follow(follower: VolumeTables): void {
+    assert(this.#follower === undefined && follower !== this, 'one resize at a time')
+    this.#follower = follower
+  }
+
+  unfollow(): void {
+    this.#follower = undefined
+  }
+
+  /** Tables of another size with the same content where both reach. */
+  resized(size: number): VolumeTables {
     const next = new VolumeTables(this.medium, { size, stripeSize: this.stripeSize, formatUnit: this.formatUnit })
     const stripes = Math.min(this.stripeCount, next.stripeCount)
     // Copy only what is there: the tables of a large empty volume stay unbacked.
@@ -250,7 +272,6 @@ export class VolumeTables {
       if (i < next.#dirtyInit.length) next.#touch(next.#dirtyInit, i)
     }
     next.finishLoading()
-    this.#successor = next
     return next
   }
 

@@ -1,0 +1,103 @@
+/** GET /metrics: the Prometheus text format, version 0.0.4. */
+import type { FastifyInstance } from 'fastify'
+import type { Daemon } from '../daemon/daemon.ts'
+import type { StatusInfo } from './types.ts'
+import { statusOf } from './pool.ts'
+
+export function metricsRoutes(app: FastifyInstance, daemon: Daemon): void {
+  app.get('/metrics', { schema: { summary: 'Metrics in the Prometheus text format' } }, async (_request, reply) => {
+    reply.type('text/plain; version=0.0.4; charset=utf-8')
+    return metricsText(statusOf(daemon), process.cpuUsage())
+  })
+}
+
+interface Sample {
+  readonly labels?: Readonly<Record<string, string | number>>
+  readonly value: number
+}
+
+export function metricsText(status: StatusInfo, cpu: NodeJS.CpuUsage): string {
+  const lines: string[] = []
+  const metric = (name: string, type: 'gauge' | 'counter', help: string, samples: readonly Sample[]) => {
+    lines.push(`# HELP ${name} ${help}`, `# TYPE ${name} ${type}`)
+    for (const { labels, value } of samples) lines.push(`${name}${labelText(labels)} ${value}`)
+  }
+  const { pool, volumes, members } = status
+  const one = (value: number) => [{ value }]
+
+  metric('fullstripe_info', 'gauge', 'Version and datapath of the daemon.', [
+    { labels: { version: status.version, datapath: status.datapath.kind, engine: status.datapath.engine }, value: 1 },
+  ])
+  metric('fullstripe_sessions', 'gauge', 'Connections of clients.', one(status.sessions))
+  metric('fullstripe_pool_capacity_bytes', 'gauge', 'What the pool can hold.', one(pool.capacity))
+  metric('fullstripe_pool_used_bytes', 'gauge', 'What the pool holds.', one(pool.used))
+  metric('fullstripe_pool_reserved_bytes', 'gauge', 'Promised to thick volumes.', one(pool.reserved))
+  if (pool.fileSystemAvailable !== null) {
+    const help = 'Free on the file system below file members.'
+    metric('fullstripe_pool_file_system_available_bytes', 'gauge', help, one(pool.fileSystemAvailable))
+  }
+
+  const eachMember = (value: (index: number) => number) =>
+    members.map((_, index) => ({ labels: { member: index, path: pool.members[index]?.path ?? '' }, value: value(index) }))
+  metric(
+    'fullstripe_member_online',
+    'gauge',
+    '1 while a member answers.',
+    eachMember((index) => (pool.members[index]?.state === 'online' ? 1 : 0)),
+  )
+  for (const [field, name, help] of MEMBER_COUNTERS) {
+    metric(`fullstripe_member_${name}_total`, 'counter', help, eachMember((index) => members[index]?.[field] ?? 0))
+  }
+
+  const eachVolume = (value: (volume: StatusInfo['volumes'][number]) => number) =>
+    volumes.map((volume) => ({ labels: { volume: volume.name }, value: value(volume) }))
+  metric('fullstripe_volume_size_bytes', 'gauge', 'Size of a volume.', eachVolume((volume) => volume.size))
+  metric('fullstripe_volume_used_bytes', 'gauge', 'Space a volume takes.', eachVolume((volume) => volume.used))
+  metric(
+    'fullstripe_volume_formatted_ratio',
+    'gauge',
+    'Share of the stripes that hold data.',
+    eachVolume((volume) => (volume.stripes === 0 ? 0 : volume.stripesFormatted / volume.stripes)),
+  )
+  metric('fullstripe_volume_sessions', 'gauge', 'Connections to a volume.', eachVolume((volume) => volume.sessions))
+  for (const [field, name, help] of VOLUME_COUNTERS) {
+    metric(`fullstripe_volume_${name}_total`, 'counter', help, eachVolume((volume) => volume.counters[field]))
+  }
+
+  metric('process_resident_memory_bytes', 'gauge', 'Resident memory.', one(status.memory))
+  metric('process_cpu_seconds_total', 'counter', 'CPU time, user and system.', one((cpu.user + cpu.system) / 1e6))
+  metric('process_start_time_seconds', 'gauge', 'Start time.', one(Date.parse(status.started) / 1000))
+  return `${lines.join('\n')}\n`
+}
+
+const MEMBER_COUNTERS = [
+  ['reads', 'reads', 'Reads of a member.'],
+  ['readBytes', 'read_bytes', 'Bytes read from a member.'],
+  ['writes', 'writes', 'Writes to a member.'],
+  ['writeBytes', 'written_bytes', 'Bytes written to a member.'],
+  ['syncs', 'syncs', 'Syncs of a member.'],
+] as const
+
+const VOLUME_COUNTERS = [
+  ['reads', 'reads', 'Read requests.'],
+  ['readBytes', 'read_bytes', 'Bytes read.'],
+  ['writes', 'writes', 'Write requests.'],
+  ['writeBytes', 'written_bytes', 'Bytes written.'],
+  ['flushes', 'flushes', 'Flush requests.'],
+  ['trims', 'trims', 'Trim requests.'],
+  ['zeroes', 'zeroes', 'Write-zeroes requests.'],
+  ['errors', 'errors', 'Requests answered with an error.'],
+  ['upcalls', 'upcalls', 'Requests that needed a decision.'],
+  ['inPlaceWrites', 'in_place_writes', 'Writes that needed no decision.'],
+  ['fullStripeWrites', 'full_stripe_writes', 'Stripes written whole, by their first write.'],
+] as const
+
+function labelText(labels: Sample['labels']): string {
+  if (labels === undefined) return ''
+  const pairs = Object.entries(labels).map(([name, value]) => `${name}="${escapeLabel(String(value))}"`)
+  return `{${pairs.join(',')}}`
+}
+
+function escapeLabel(value: string): string {
+  return value.replaceAll('\\', '\\\\').replaceAll('"', '\\"').replaceAll('\n', '\\n')
+}

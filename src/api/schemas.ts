@@ -1,0 +1,246 @@
+/**
+ * JSON schemas of the control API, once: fastify validates requests and writes answers with them, and the
+ * OpenAPI document is made of the same objects.
+ */
+import { LIMITS } from '../base/limits.ts'
+
+export interface Schema {
+  readonly type?: string | readonly string[]
+  readonly description?: string
+  readonly properties?: Readonly<Record<string, Schema>>
+  readonly required?: readonly string[]
+  readonly additionalProperties?: boolean
+  readonly items?: Schema
+  readonly enum?: readonly (string | number | null)[]
+  readonly minimum?: number
+  readonly maximum?: number
+  readonly minLength?: number
+  readonly maxLength?: number
+  readonly default?: string | number | boolean
+  readonly format?: string
+}
+
+const bytes = (description: string): Schema => ({ type: 'integer', minimum: 0, description: `${description}, in bytes` })
+const count = (description: string): Schema => ({ type: 'integer', minimum: 0, description })
+const text = (description: string): Schema => ({ type: 'string', description })
+const flag = (description: string): Schema => ({ type: 'boolean', description })
+const list = (items: Schema, description: string): Schema => ({ type: 'array', items, description })
+const choice = (values: readonly string[], description: string): Schema => ({ type: 'string', enum: values, description })
+
+/** Every property is required unless it is named in `optional`; nothing else is accepted. */
+function object(description: string, properties: Record<string, Schema>, optional: readonly string[] = []): Schema {
+  const required = Object.keys(properties).filter((name) => !optional.includes(name))
+  return { type: 'object', description, properties, required, additionalProperties: false }
+}
+
+// Which names, sizes, units and fill bytes are allowed is the pool's to judge: its messages say what is wrong.
+const volumeName: Schema = {
+  type: 'string',
+  description: `1 to ${LIMITS.volumeNameBytesMax} bytes of UTF-8 without /, @ and control characters`,
+}
+const volumeSize: Schema = { type: 'integer', description: 'a multiple of 512, in bytes' }
+
+const formatter = object(
+  'The background formatter of a thick volume',
+  {
+    state: choice(['idle', 'running', 'paused', 'done', 'failed'], 'what it is doing'),
+    rate: { type: ['integer', 'null'], description: 'the limit set, in bytes per second; null without a limit' },
+    done: count('format units formatted'),
+    total: count('format units of the volume'),
+    speed: { type: 'number', minimum: 0, description: 'bytes per second now' },
+    message: text('why it failed or waits'),
+  },
+  ['message'],
+)
+
+const exportCounters = object('Since the volume was opened', {
+  reads: count('read requests'),
+  readBytes: bytes('read'),
+  writes: count('write requests'),
+  writeBytes: bytes('written'),
+  flushes: count('flush requests'),
+  trims: count('trim requests'),
+  zeroes: count('write-zeroes requests'),
+  errors: count('requests answered with an error'),
+  upcalls: count('requests that needed a decision'),
+  inPlaceWrites: count('writes that needed no decision'),
+  fullStripeWrites: count('stripes written whole, by their first write'),
+})
+
+const memberCounters = object('Since the daemon was started', {
+  reads: count('reads'),
+  readBytes: bytes('read'),
+  writes: count('writes'),
+  writeBytes: bytes('written'),
+  syncs: count('syncs'),
+})
+
+export const volumeSchema = object('A volume', {
+  name: volumeName,
+  uuid: text('stays the same through renames'),
+  size: bytes('size'),
+  provision: choice(['thin', 'thick'], 'thick: space for all of it is reserved'),
+  formatUnit: count('stripes that are formatted together'),
+  stripeSize: bytes('size of a stripe'),
+  fill: { type: 'integer', minimum: 0, maximum: 255, description: 'byte that unformatted stripes read as' },
+  readOnly: flag('clients cannot write'),
+  created: { type: 'string', format: 'date-time', description: 'time of creation' },
+  stripes: count('stripes of the volume'),
+  stripesFormatted: count('stripes that hold data'),
+  used: bytes('space taken on the members'),
+  sessions: count('connections of clients'),
+  formatter,
+  counters: exportCounters,
+})
+
+export const poolSchema = object('A pool', {
+  directory: text('its directory'),
+  uuid: text('written in the superblock of every member'),
+  version: count('version of the on-disk format'),
+  members: list(
+    object('A member', {
+      index: count('its place'),
+      path: text('file or device'),
+      kind: choice(['file', 'device'], 'what it is'),
+      size: bytes('size'),
+      state: choice(['online', 'failed'], 'whether it answers'),
+    }),
+    'in order',
+  ),
+  chunkSize: bytes('part of a stripe on one member'),
+  dataMembers: count('members that hold data'),
+  parityMembers: count('members that hold parity'),
+  stripeSize: bytes('data of one stripe'),
+  slots: count('stripes the pool can hold'),
+  slotsUsed: count('stripes it holds'),
+  slotsReserved: count('stripes promised to thick volumes, written or not'),
+  capacity: bytes('what it can hold'),
+  used: bytes('what it holds'),
+  reserved: bytes('promised to thick volumes'),
+  fileSystemAvailable: {
+    type: ['integer', 'null'],
+    description: 'bytes free on the file system below file members; null for devices',
+  },
+})
+
+export const statusSchema = object('The daemon and all it serves', {
+  state: choice(['starting', 'serving', 'draining', 'stopped', 'failed'], 'what the daemon is doing'),
+  version: text('of the program'),
+  pid: count('process id'),
+  started: { type: 'string', format: 'date-time', description: 'when the daemon was started' },
+  now: { type: 'string', format: 'date-time', description: 'when this was written' },
+  memory: bytes('resident memory'),
+  listen: list(text('NBD URI'), 'where clients connect'),
+  sessions: count('connections of clients to all volumes'),
+  datapath: object('What runs the transmission phase', {
+    kind: choice(['native', 'portable'], 'implementation'),
+    engine: choice(['io_uring', 'threads', 'node'], 'how it reaches the members'),
+    threads: count('I/O threads'),
+    reason: text('why this one'),
+  }),
+  pool: poolSchema,
+  members: list(memberCounters, 'in the order of the members'),
+  volumes: list(volumeSchema, 'by name'),
+  nextEvent: count('number of the next event'),
+})
+
+export const volumeListSchema = object('All volumes', { volumes: list(volumeSchema, 'by name') })
+
+export const mapSchema = object('Extents of a volume, in order, without gaps', {
+  name: volumeName,
+  size: bytes('size of the volume'),
+  offset: bytes('start of the first extent'),
+  extents: list(
+    object('A range with one state', {
+      offset: bytes('start'),
+      length: bytes('length'),
+      formatted: flag('holds data; otherwise it reads as formatting data'),
+    }),
+    'neighbours differ',
+  ),
+  next: { type: ['integer', 'null'], description: 'offset of the next page; null at the end' },
+})
+
+export const densitySchema = object('The init bitmap in equal parts, for drawing', {
+  name: volumeName,
+  size: bytes('size of the volume'),
+  cells: list({ type: 'number', minimum: 0, maximum: 1 }, 'formatted share of each part'),
+})
+
+export const eventSchema = object('An event', {
+  sequence: count('number, from 1 since the daemon was started'),
+  time: { type: 'string', format: 'date-time', description: 'when' },
+  level: choice(['info', 'warn', 'error'], 'how bad'),
+  kind: text('what kind, for instance volume.created'),
+  object: text('what it is about'),
+  message: text('a sentence'),
+})
+
+export const eventListSchema = object('Events, oldest first', {
+  events: list(eventSchema, 'in order'),
+  missed: count('events that are no longer kept, before the first one here'),
+  next: count('pass it as `since` to read on'),
+})
+
+export const errorSchema = object('What went wrong', {
+  error: object('one error', {
+    code: text('stable; for programs'),
+    message: text('one line; for people'),
+  }),
+})
+
+export const volumeCreateBody = object(
+  'A new volume',
+  {
+    name: volumeName,
+    size: volumeSize,
+    provision: choice(['thin', 'thick'], 'thin (default) takes space when it is first written'),
+    formatUnit: { type: 'integer', description: 'stripes that are formatted together (default 1)' },
+    fill: { type: 'integer', description: 'byte, 0 to 255, that unformatted stripes read as (default 0)' },
+    readOnly: flag('clients cannot write (default false)'),
+  },
+  ['provision', 'formatUnit', 'fill', 'readOnly'],
+)
+export const volumeRenameBody = object('A new name', { name: volumeName })
+export const resizeBody = object(
+  'A new size',
+  { size: volumeSize, force: flag('also shrink: what lies behind the new end is lost') },
+  ['force'],
+)
+export const formatBody = object(
+  'How to format',
+  { rate: { type: ['integer', 'null'], minimum: 1, description: 'limit in bytes per second; null: no limit' } },
+  ['rate'],
+)
+
+export const nameParams = object('Path', { name: { type: 'string', minLength: 1, description: 'volume, URL-encoded' } })
+export const deleteQuery = object('Query', { force: flag('also while clients are connected') }, ['force'])
+export const mapQuery = object(
+  'Query',
+  {
+    offset: { ...bytes('start'), default: 0 },
+    length: bytes('length (default: up to the end)'),
+    limit: {
+      type: 'integer',
+      minimum: 1,
+      maximum: LIMITS.mapExtentsPerPage,
+      default: 1000,
+      description: 'extents in one page',
+    },
+  },
+  ['offset', 'length', 'limit'],
+)
+export const densityQuery = object(
+  'Query',
+  { cells: { type: 'integer', minimum: 1, maximum: LIMITS.densityCellsMax, default: 64, description: 'parts' } },
+  ['cells'],
+)
+export const eventsQuery = object(
+  'Query',
+  {
+    since: { type: 'integer', minimum: 1, default: 1, description: 'number of the first event wanted' },
+    limit: { type: 'integer', minimum: 1, maximum: LIMITS.eventsKept, default: LIMITS.eventsKept, description: 'at most' },
+    follow: flag('stay connected: one JSON object a line (NDJSON), as events happen'),
+  },
+  ['since', 'limit', 'follow'],
+)

@@ -1,0 +1,114 @@
+/**
+ * The control API: HTTP and JSON on the unix socket POOL/control.sock, mode 0600, so whoever may open the pool's
+ * files may control it. A resource API; openapi.ts describes it at /v1/openapi.json.
+ *
+ * Requests are validated strictly: no value is converted (query strings excepted, which are all text), no unknown
+ * property is dropped. The pool validates again, with better words.
+ */
+import type { Server } from 'node:http'
+import { join } from 'node:path'
+import { type FastifyInstance, type FastifyRequest, fastify } from 'fastify'
+import { messageOf, systemCode, UserError } from '../base/errors.ts'
+import { LIMITS } from '../base/limits.ts'
+import type { Daemon, FrontEnd } from '../daemon/daemon.ts'
+import { removeStaleSocket, socketAddress } from '../daemon/socket-path.ts'
+import { answerError, errorBody } from './errors.ts'
+import { eventRoutes } from './events.ts'
+import { metricsRoutes } from './metrics.ts'
+import { describeRoutes } from './openapi.ts'
+import { poolRoutes } from './pool.ts'
+import type { Schema } from './schemas.ts'
+import { volumeRoutes } from './volumes.ts'
+
+export function controlPath(pool: string): string {
+  return join(pool, 'control.sock')
+}
+
+/** The routes, not yet listening. */
+export function createApi(daemon: Daemon): FastifyInstance {
+  const app = fastify({
+    loggerInstance: daemon.log.child({ part: 'api' }, { level: 'warn' }),
+    disableRequestLogging: true,
+    bodyLimit: LIMITS.apiBodyBytesMax,
+    exposeHeadRoutes: false,
+    requestTimeout: 30_000,
+    forceCloseConnections: true,
+    routerOptions: { maxParamLength: 3 * LIMITS.volumeNameBytesMax },
+    ajv: { customOptions: { coerceTypes: false, removeAdditional: false, allowUnionTypes: true } },
+  })
+  app.setErrorHandler((error, request, reply) => answerError(error, request, reply))
+  app.setNotFoundHandler((request, reply) => {
+    reply
+      .code(404)
+      .send(errorBody('NOT_FOUND', `no route ${request.method} ${request.url}; GET /v1/openapi.json lists them`))
+  })
+  app.addHook('preValidation', async (request) => convertQuery(request))
+  describeRoutes(app)
+  poolRoutes(app, daemon)
+  volumeRoutes(app, daemon)
+  eventRoutes(app, daemon)
+  metricsRoutes(app, daemon)
+  return app
+}
+
+/** The API on its socket. Only for a daemon that holds its pool: what lies at the path is then stale. */
+export async function listenControl(daemon: Daemon): Promise<FrontEnd> {
+  const app = createApi(daemon)
+  await app.ready()
+  const path = controlPath(daemon.config.pool)
+  if (removeStaleSocket(path)) daemon.log.info(`removed ${path}, left by a daemon that did not stop in order`)
+  app.server.maxConnections = LIMITS.apiConnectionsMax
+  await bind(app.server, path)
+  return { close: () => unbind(app) }
+}
+
+async function bind(server: Server, path: string): Promise<void> {
+  const address = socketAddress(path)
+  try {
+    await new Promise<void>((resolve, reject) => {
+      server.once('error', reject)
+      // The socket is born with its mode: bind happens inside listen(), before anybody could connect.
+      const umask = process.umask(0o177)
+      try {
+        server.listen({ path: address.path }, () => {
+          server.off('error', reject)
+          resolve()
+        })
+      } finally {
+        process.umask(umask)
+      }
+    })
+  } catch (error) {
+    throw new UserError('FAILED', `cannot listen on ${path}: ${systemCode(error) ?? messageOf(error)}`, { cause: error })
+  } finally {
+    address.release()
+  }
+}
+
+async function unbind(app: FastifyInstance): Promise<void> {
+  const closed = new Promise<void>((resolve) => app.server.close(() => resolve()))
+  // A request that is being answered may finish; streams end by themselves, idle connections now.
+  app.server.closeIdleConnections()
+  const deadline = setTimeout(() => app.server.closeAllConnections(), 1000)
+  await closed
+  clearTimeout(deadline)
+  await app.close()
+}
+
+/** Query strings are text; a schema that wants a number or a boolean gets one, if that is what the text says. */
+function convertQuery(request: FastifyRequest): void {
+  const schema = request.routeOptions.schema?.querystring
+  if (!isSchema(schema) || typeof request.query !== 'object' || request.query === null) return
+  const converted: Record<string, unknown> = {}
+  for (const [name, value] of Object.entries(request.query)) {
+    const type = schema.properties?.[name]?.type
+    if (type === 'integer' && typeof value === 'string' && /^-?\d{1,16}$/.test(value)) converted[name] = Number(value)
+    else if (type === 'boolean' && (value === 'true' || value === 'false')) converted[name] = value === 'true'
+    else converted[name] = value
+  }
+  request.query = converted
+}
+
+function isSchema(value: unknown): value is Schema {
+  return typeof value === 'object' && value !== null && 'properties' in value
+}

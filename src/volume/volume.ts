@@ -1,0 +1,342 @@
+import { Mutex } from '../base/locks.ts'
+import { StoreError, UserError } from '../base/errors.ts'
+import { LIMITS } from '../base/limits.ts'
+import { formatSize } from '../base/sizes.ts'
+import type { Datapath, ExportCounters, ExportId } from '../datapath/datapath.ts'
+import type { SlotRun, VolumeRecord } from '../metadata/records.ts'
+import type { Commit } from '../metadata/store.ts'
+import { Formatter, type FormatterInfo } from './formatter.ts'
+import { type PolicyHost, VolumePolicy } from './policy.ts'
+import { CONTEXTS, type MapExtent, mapExtents } from './status.ts'
+import { VolumeTables } from './tables.ts'
+
+/**
+ * What a client sees: a size, tables, a policy for the datapath's upcalls, a background formatter. Everything that is
+ * shared with other volumes (slots, journal, catalog) comes through VolumeHost, which the pool implements.
+ */
+export interface VolumeHost extends PolicyHost {
+  readonly stripeSize: number
+  /** Stores the changed record durably. */
+  save(record: VolumeRecord): Promise<void>
+  /** A contiguous run for a thick volume. @throws StoreError NO_SPACE */
+  reserveRun(count: number): number
+  unreserveRun(slot: number, count: number): void
+  /** Stores dirty pages and what `prepare` returns in one transaction; durable when it resolves. */
+  checkpointWith(prepare: () => Commit): Promise<void>
+  event(level: 'info' | 'warn' | 'error', kind: string, object: string, message: string): void
+}
+
+export interface VolumeInfo {
+  readonly name: string
+  readonly uuid: string
+  readonly size: number
+  readonly provision: 'thin' | 'thick'
+  readonly formatUnit: number // stripes
+  readonly stripeSize: number
+  readonly fill: number
+  readonly readOnly: boolean
+  readonly created: string
+  readonly stripes: number
+  readonly stripesFormatted: number
+  readonly used: number // bytes of slots that hold content
+  readonly sessions: number
+  readonly formatter: FormatterInfo
+  readonly counters: ExportCounters
+}
+
+export class Volume {
+  readonly #host: VolumeHost
+  readonly #policy: VolumePolicy
+  readonly #formatter: Formatter
+  readonly #changes = new Mutex() // one administrative change at a time
+  readonly exportId: ExportId
+  readonly contexts = CONTEXTS
+  #record: VolumeRecord
+  #tables: VolumeTables
+
+  constructor(host: VolumeHost, record: VolumeRecord, tables: VolumeTables) {
+    this.#host = host
+    this.#record = record
+    this.#tables = tables
+    this.#policy = new VolumePolicy(
+      {
+        datapath: host.datapath,
+        allocate: (first, count) => this.#allocate(first, count),
+        unallocate: (slots) => {
+          if (record.provision === 'thin') host.unallocate(slots)
+        },
+        freeLater: (runs, sequence) => host.freeLater(runs, sequence),
+        record: (changes, apply) => host.record(changes, apply),
+        flush: () => host.flush(),
+        onTrouble: (message) => host.onTrouble(`volume ${this.name}: ${message}`),
+      },
+      record,
+      tables,
+    )
+    this.exportId = host.datapath.openExport(
+      {
+        name: record.name,
+        stripeSize: host.stripeSize,
+        formatUnit: record.formatUnit,
+        fill: record.fill,
+        tables: tables.exportTables,
+      },
+      this.#policy,
+    )
+    this.#policy.bind(this.exportId)
+    this.#formatter = new Formatter(
+      {
+        unitBytes: record.formatUnit * host.stripeSize,
+        unitCount: () => this.#tables.unitCount,
+        formattedUnits: () => this.#tables.formattedUnits,
+        nextUnformatted: (from) => (from >= this.#tables.unitCount ? from : this.#tables.init.nextClear(from)),
+        format: (unit, count) => this.#policy.formatIdle(unit, Math.min(count, this.#tables.unitCount - unit)),
+        save: (state, rate) => this.#save({ formatter: { state, rate } }),
+        onEnd: (state, message) =>
+          host.event(state === 'done' ? 'info' : 'error', `formatter.${state}`, this.name, message),
+      },
+      record.formatter.state,
+      record.formatter.rate,
+    )
+  }
+
+  get name(): string {
+    return this.#record.name
+  }
+  get size(): number {
+    return this.#tables.size
+  }
+  get readOnly(): boolean {
+    return this.#record.readOnly
+  }
+  get record(): VolumeRecord {
+    return this.#record
+  }
+  get tables(): VolumeTables {
+    return this.#tables
+  }
+  get datapath(): Datapath {
+    return this.#host.datapath
+  }
+
+  /** Goes on with what ran when the pool was closed. */
+  async resume(): Promise<void> {
+    if (this.#record.formatter.state === 'running') await this.#formatter.start()
+  }
+
+  info(): VolumeInfo {
+    const { formattedUnits, unitCount, formatUnit, stripeCount } = this.#tables
+    const lastUnitIn = unitCount > 0 && this.#tables.init.get(unitCount - 1)
+    const short = lastUnitIn ? unitCount * formatUnit - stripeCount : 0
+    const stripesFormatted = formattedUnits * formatUnit - short
+    return {
+      name: this.name,
+      uuid: this.#record.uuid,
+      size: this.size,
+      provision: this.#record.provision,
+      formatUnit,
+      stripeSize: this.#host.stripeSize,
+      fill: this.#record.fill,
+      readOnly: this.readOnly,
+      created: this.#record.created,
+      stripes: stripeCount,
+      stripesFormatted,
+      used: stripesFormatted * this.#host.stripeSize,
+      sessions: this.#host.datapath.sessionCount(this.exportId),
+      formatter: this.#formatter.info(),
+      counters: this.#host.datapath.exportCounters(this.exportId),
+    }
+  }
+
+  /** Extents of the init bitmap: in order, no gaps, neighbours differ. */
+  map(offset = 0, length = this.size - offset): Iterable<MapExtent> {
+    if (!Number.isSafeInteger(offset) || !Number.isSafeInteger(length) || offset < 0 || length < 0 || offset + length > this.size) {
+      throw new UserError('USAGE', `volume ${this.name}: the range ${offset}+${length} is not inside its ${this.size} bytes`)
+    }
+    return mapExtents(this.#tables, offset, length)
+  }
+
+  /** The formatted share (0..1) of `cells` equal parts, for a picture. */
+  density(cells: number): Float64Array {
+    const { init, unitCount } = this.#tables
+    const shares = new Float64Array(Math.min(cells, unitCount))
+    for (let cell = 0; cell < shares.length; cell++) {
+      const from = Math.floor((cell * unitCount) / shares.length)
+      const to = Math.max(from + 1, Math.floor(((cell + 1) * unitCount) / shares.length))
+      shares[cell] = init.count(from, to) / (to - from)
+    }
+    return shares
+  }
+
+  flush(): Promise<void> {
+    return this.#host.flush()
+  }
+
+  async startFormatter(options: { rate?: number | null } = {}): Promise<void> {
+    if (this.#record.provision === 'thin') {
+      throw new UserError('REFUSED', `volume ${this.name} is thin: it is formatted as it is written; only thick volumes have a background formatter`)
+    }
+    const { rate } = options
+    if (rate !== undefined && rate !== null && !(Number.isSafeInteger(rate) && rate > 0)) {
+      throw new UserError('USAGE', `volume ${this.name}: the rate has to be a positive number of bytes a second`)
+    }
+    await this.#formatter.start(rate)
+  }
+
+  async pauseFormatter(): Promise<void> {
+    await this.#formatter.pause()
+  }
+
+  /** Grows online. A shrink throws content away, so it wants `force`. */
+  resize(size: number, options: { force?: boolean } = {}): Promise<void> {
+    return this.#changes.run(async () => {
+      checkVolumeSize(size, this.#host.stripeSize, `volume ${this.name}`)
+      if (size === this.size) return
+      if (size < this.size && options.force !== true) {
+        throw new UserError(
+          'REFUSED',
+          `volume ${this.name}: shrinking from ${formatSize(this.size)} to ${formatSize(size)} throws away what lies past the new end; use --force if that is wanted`,
+        )
+      }
+      const resume = this.#formatter.info().state === 'running'
+      await this.#formatter.stop()
+      if (size > this.size) await this.#grow(size)
+      else await this.#shrink(size)
+      if (resume) await this.startFormatter()
+    })
+  }
+
+  /** Under the same lock as a resize; the pool checks that the name is free. */
+  rename(name: string): Promise<void> {
+    return this.#changes.run(() => this.#save({ name }))
+  }
+
+  /** Ends sessions after answering what is in flight, stops the formatter. The tables are quiet afterwards. */
+  close(): Promise<void> {
+    return this.#changes.run(async () => {
+      await this.#formatter.stop()
+      await this.#host.datapath.closeExport(this.exportId)
+      this.#policy.close()
+    })
+  }
+
+  async #grow(size: number): Promise<void> {
+    const old = this.#tables
+    const stripeCount = Math.ceil(size / this.#host.stripeSize)
+    const cut = old.unitCount - 1
+    // Where the old end cut a formatted unit short, the stripes that the new end adds to it are formatted now, before
+    // anybody can reach them: an init bit speaks for all stripes of its unit.
+    const missing = Math.max(0, Math.min((cut + 1) * old.formatUnit, stripeCount) - old.stripeCount)
+    const runs = [...this.#record.runs]
+    let added: SlotRun | undefined
+    if (this.#record.provision === 'thick' && stripeCount > old.stripeCount) {
+      const count = stripeCount - old.stripeCount
+      added = { stripe: old.stripeCount, count, slot: this.#host.reserveRun(count) }
+      runs.push(added)
+    }
+    const record = { ...this.#record, size, runs }
+    let slots: number[] = []
+    try {
+      await this.#policy.withUnit(cut, async () => {
+        if (missing > 0 && old.init.get(cut)) {
+          slots = this.#record.provision === 'thick' ? slotsOf(runs, old.stripeCount, missing) : await this.#host.allocate(old.stripeCount, missing)
+          const blank = Buffer.alloc(this.#host.stripeSize, this.#record.fill)
+          for (const slot of slots) await this.#host.datapath.writeSlot(slot, 0, blank)
+        }
+        await this.#host.checkpointWith(() => {
+          const next = old.resized(size)
+          next.follow(old)
+          slots.forEach((slot, index) => {
+            next.setSlots(old.stripeCount + index, 1, slot)
+          })
+          this.#adopt(next)
+          return { putVolumes: [record] }
+        })
+      })
+    } catch (error) {
+      this.#tables.unfollow()
+      this.#adopt(old)
+      if (added !== undefined) this.#host.unreserveRun(added.slot, added.count)
+      else this.#host.unallocate(slots)
+      throw error
+    }
+    this.#record = record
+    await this.#host.datapath.retable(this.exportId, this.#tables.exportTables)
+    this.#tables.unfollow()
+  }
+
+  async #shrink(size: number): Promise<void> {
+    const old = this.#tables
+    const next = old.resized(size)
+    old.follow(next)
+    await this.#host.datapath.retable(this.exportId, next.exportTables)
+    // No request reaches past the new end any more; those in flight are waited for here.
+    await this.#policy.releaseFrom(next.unitCount)
+    const runs: SlotRun[] = []
+    const unreserved: SlotRun[] = []
+    for (const run of this.#record.runs) {
+      const keep = Math.max(0, Math.min(run.count, next.stripeCount - run.stripe))
+      if (keep > 0) runs.push({ ...run, count: keep })
+      if (keep < run.count) unreserved.push({ stripe: run.stripe + keep, count: run.count - keep, slot: run.slot + keep })
+    }
+    const record = { ...this.#record, size, runs }
+    const freed: { slot: number; count: number }[] = []
+    await this.#policy.withUnit(next.unitCount - 1, async () => {
+      const last = next.stripeCount - 1
+      const tail = size - last * this.#host.stripeSize
+      if (next.slotOf(last) !== 0 && tail < this.#host.stripeSize) {
+        // A later growth must find formatting data here, not what was cut off.
+        const blank = Buffer.alloc(this.#host.stripeSize - tail, this.#record.fill)
+        await this.#host.datapath.writeSlot(next.slotOf(last), tail, blank)
+      }
+      await this.#host.checkpointWith(() => {
+        for (let stripe = next.stripeCount; stripe < old.stripeCount && stripe < next.unitCount * old.formatUnit; stripe++) {
+          if (old.slotOf(stripe) !== 0 && record.provision === 'thin') freed.push({ slot: old.slotOf(stripe), count: 1 })
+        }
+        old.unfollow()
+        this.#adopt(next)
+        return { putVolumes: [record], pages: old.pagesPast(next) }
+      })
+    })
+    this.#record = record
+    this.#host.freeLater(freed, 0) // the transaction is durable already
+    for (const run of unreserved) this.#host.unreserveRun(run.slot, run.count)
+  }
+
+  #adopt(tables: VolumeTables): void {
+    this.#tables = tables
+    this.#policy.useTables(tables)
+  }
+
+  async #allocate(first: number, count: number): Promise<number[]> {
+    if (this.#record.provision === 'thin') return this.#host.allocate(first, count)
+    return slotsOf(this.#record.runs, first, count)
+  }
+
+  async #save(change: Partial<VolumeRecord>): Promise<void> {
+    const record = { ...this.#record, ...change }
+    await this.#host.save(record)
+    this.#record = record
+  }
+}
+
+/** The slots that a thick volume reserved for stripes [first, first + count). */
+function slotsOf(runs: readonly SlotRun[], first: number, count: number): number[] {
+  const slots: number[] = []
+  for (let stripe = first; stripe < first + count; stripe++) {
+    const run = runs.find((r) => stripe >= r.stripe && stripe < r.stripe + r.count)
+    if (run === undefined) throw new StoreError('DAMAGED', `no slot is reserved for stripe ${stripe}`)
+    slots.push(run.slot + stripe - run.stripe)
+  }
+  return slots
+}
+
+/** @throws UserError USAGE that names what is wrong with the size */
+export function checkVolumeSize(size: number, stripeSize: number, what: string): void {
+  const max = LIMITS.stripesPerVolumeMax * stripeSize
+  if (!Number.isSafeInteger(size) || size <= 0) throw new UserError('USAGE', `${what}: the size has to be larger than zero, not ${size}`)
+  if (size % LIMITS.sectorSize !== 0) {
+    throw new UserError('USAGE', `${what}: the size ${size} is not a multiple of ${LIMITS.sectorSize} bytes`)
+  }
+  if (size > max) throw new UserError('USAGE', `${what}: the size ${formatSize(size)} is beyond the limit of ${formatSize(max)}`)
+}
