@@ -6,12 +6,12 @@
  * property is dropped. The pool validates again, with better words.
  */
 import type { Server } from 'node:http'
-import { join } from 'node:path'
-import { type FastifyInstance, type FastifyRequest, fastify } from 'fastify'
+import { type FastifyBaseLogger, type FastifyInstance, type FastifyRequest, fastify } from 'fastify'
 import { messageOf, systemCode, UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
 import type { Daemon, FrontEnd } from '../daemon/daemon.ts'
 import { removeStaleSocket, socketAddress } from '../daemon/socket-path.ts'
+import { controlPath } from './control-path.ts'
 import { answerError, errorBody } from './errors.ts'
 import { eventRoutes } from './events.ts'
 import { metricsRoutes } from './metrics.ts'
@@ -20,14 +20,11 @@ import { poolRoutes } from './pool.ts'
 import type { Schema } from './schemas.ts'
 import { volumeRoutes } from './volumes.ts'
 
-export function controlPath(pool: string): string {
-  return join(pool, 'control.sock')
-}
-
 /** The routes, not yet listening. */
 export function createApi(daemon: Daemon): FastifyInstance {
+  const loggerInstance: FastifyBaseLogger = daemon.log.child({ part: 'api' }, { level: 'warn' })
   const app = fastify({
-    loggerInstance: daemon.log.child({ part: 'api' }, { level: 'warn' }),
+    loggerInstance,
     disableRequestLogging: true,
     bodyLimit: LIMITS.apiBodyBytesMax,
     exposeHeadRoutes: false,

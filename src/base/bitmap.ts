@@ -13,7 +13,7 @@ export class Bitmap {
 
   /** Zeroed, untouched memory stays unbacked by pages: an empty bitmap of any length costs nothing resident. */
   constructor(length: number, words = new Uint32Array(Bitmap.wordCount(length))) {
-    assert(Number.isSafeInteger(length) && length >= 0, 'bitmap length')
+    assert(Number.isSafeInteger(length) && length >= 0 && length <= 2 ** 32, 'bitmap length')
     assert(words.length >= Bitmap.wordCount(length), 'bitmap words')
     this.length = length
     this.words = words
@@ -35,12 +35,25 @@ export class Bitmap {
     Atomics.and(this.words, this.#word(index), ~(1 << (index & 31)) >>> 0)
   }
 
+  /** Words that need no change are not written: clearing what is empty leaves it unbacked. */
   setRange(start: number, end: number): void {
-    this.#range(start, end, (word, mask) => Atomics.or(this.words, word, mask))
+    this.#checkRange(start, end)
+    if (start === end) return
+    const last = (end - 1) >>> 5
+    for (let word = start >>> 5; word <= last; word++) {
+      const mask = wordMask(word, start, end)
+      if (((this.words[word] ?? 0) & mask) >>> 0 !== mask) Atomics.or(this.words, word, mask)
+    }
   }
 
   clearRange(start: number, end: number): void {
-    this.#range(start, end, (word, mask) => Atomics.and(this.words, word, ~mask >>> 0))
+    this.#checkRange(start, end)
+    if (start === end) return
+    const last = (end - 1) >>> 5
+    for (let word = start >>> 5; word <= last; word++) {
+      const mask = wordMask(word, start, end)
+      if (((this.words[word] ?? 0) & mask) !== 0) Atomics.and(this.words, word, ~mask >>> 0)
+    }
   }
 
   /** The first 1 at or after `start` and before `end`; `end` where there is none. */
@@ -55,14 +68,13 @@ export class Bitmap {
 
   /** How many bits are 1 in [start, end). */
   count(start = 0, end = this.length): number {
+    this.#checkRange(start, end)
+    if (start === end) return 0
     let total = 0
-    // Not `at | 31`: that is signed, and bitmaps have up to 2^32 bits.
-    for (let at = start; at < end; ) {
-      const index = Math.floor(at / 32)
-      const stop = Math.min(end, (index + 1) * 32)
-      const word = this.words[index] ?? 0
-      if (word !== 0) total += popcount((word & rangeMask(at - index * 32, stop - index * 32)) >>> 0)
-      at = stop
+    const last = (end - 1) >>> 5
+    for (let word = start >>> 5; word <= last; word++) {
+      const value = this.words[word] ?? 0
+      if (value !== 0) total += popcount((value & wordMask(word, start, end)) >>> 0)
     }
     return total
   }
@@ -72,36 +84,30 @@ export class Bitmap {
     return index >>> 5
   }
 
-  #range(start: number, end: number, apply: (word: number, mask: number) => void): void {
+  #checkRange(start: number, end: number): void {
     assert(start >= 0 && start <= end && end <= this.length, 'bitmap range')
-    for (let at = start; at < end; ) {
-      const word = Math.floor(at / 32)
-      const stop = Math.min(end, (word + 1) * 32)
-      apply(word, rangeMask(at - word * 32, stop - word * 32))
-      at = stop
-    }
   }
 
   #scan(start: number, end: number, skip: number): number {
     assert(start >= 0 && end <= this.length, 'bitmap scan')
     if (start >= end) return end
-    let word = Math.floor(start / 32)
-    let value = ((this.words[word] ?? 0) ^ skip) >>> 0
-    value = (value & rangeMask(start - word * 32, 32)) >>> 0
-    const wordEnd = Math.ceil(end / 32)
+    // `>>> 5` is right up to 2^32 - 1, and that is the last bit of the longest bitmap.
+    const last = (end - 1) >>> 5
+    let word = start >>> 5
+    let value = (((this.words[word] ?? 0) ^ skip) & (0xffffffff << (start & 31))) >>> 0
     while (value === 0) {
+      if (word === last) return end
       word++
-      if (word >= wordEnd) return end
       value = ((this.words[word] ?? 0) ^ skip) >>> 0
     }
     return Math.min(end, word * 32 + (31 - Math.clz32(value & -value)))
   }
 }
 
-/** Bits [from, to) of a word; 0 <= from <= to <= 32. */
-function rangeMask(from: number, to: number): number {
-  const low = from >= 32 ? 0 : (0xffffffff << from) >>> 0
-  const high = to >= 32 ? 0xffffffff : ~(0xffffffff << to) >>> 0
+/** The bits of word `word` that lie in [start, end), which reaches into it. */
+function wordMask(word: number, start: number, end: number): number {
+  const low = word === start >>> 5 ? 0xffffffff << (start & 31) : 0xffffffff
+  const high = word === (end - 1) >>> 5 ? 0xffffffff >>> (31 - ((end - 1) & 31)) : 0xffffffff
   return (low & high) >>> 0
 }
 

@@ -25,7 +25,11 @@ export const LIMITS = {
   nbdStringMax: 4096,
   /** NBD: the data of one option; enough for INFO and META_CONTEXT with long names. */
   nbdOptionDataMax: 64 * KiB,
+  /** NBD: option data above nbdOptionDataMax is skipped and refused; above this the connection ends. */
+  nbdOptionDiscardMax: 32 * MiB,
   nbdOptionsPerHandshakeMax: 1024,
+  /** NBD: handshake replies that wait to be sent when the client already sends its next option. */
+  nbdHandshakeOutputMax: 1 * MiB,
   nbdMetaContextsMax: 64,
   /** A client that has not finished the handshake by then is disconnected. */
   handshakeMsMax: 10_000,
@@ -46,6 +50,8 @@ export const LIMITS = {
   /** How long a first write may wait for its neighbours, so that a sequential fill writes each stripe once. */
   mergeHoldMs: 2,
   drainMsMax: 30_000,
+  /** A session that is being closed and takes none of its replies for this long is cut off. */
+  closeLingerMsMax: 2_000,
 
   /** Control API: requests are small; a stream of events or a big map is read in pages. */
   apiBodyBytesMax: 64 * KiB,

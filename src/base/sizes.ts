@@ -8,8 +8,8 @@ const UNITS: Record<string, number> = { '': 1, K: 2 ** 10, M: 2 ** 20, G: 2 ** 3
  * @throws UserError USAGE when it is no size, is not a whole number of bytes or is past 2^53
  */
 export function parseSize(text: string, what = 'size'): number {
-  const match = /^(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B)?$/i.exec(text.trim())
-  const unit = match?.[2] === undefined ? undefined : UNITS[match[2].toUpperCase()]
+  const match = /^(\d+(?:\.\d+)?)\s*(?:([KMGTP])(?:i?B)?|B?)$/i.exec(text.trim())
+  const unit = UNITS[(match?.[2] ?? '').toUpperCase()]
   if (match === null || unit === undefined) {
     throw new UserError(
       'USAGE',
@@ -35,12 +35,11 @@ export function formatSize(bytes: number): string {
 
 /** 1234567 → `1.2M`; rounded, for people. */
 export function approximateSize(bytes: number): string {
-  for (const unit of ['P', 'T', 'G', 'M', 'K']) {
-    const scale = UNITS[unit] ?? 1
-    if (bytes >= scale) {
-      const value = bytes / scale
-      return `${value >= 100 || Number.isInteger(value) ? value.toFixed(0) : value.toFixed(1)}${unit}`
-    }
-  }
-  return `${bytes}`
+  const units = ['', 'K', 'M', 'G', 'T', 'P']
+  let value = bytes
+  let unit = 0
+  // 1023.96K would be rounded to 1024K; it is a little less than 1.0M, and reads better as that.
+  for (; unit < units.length - 1 && value >= (unit === 0 ? 1024 : 1023.5); unit++) value /= 1024
+  if (unit === 0) return `${bytes}`
+  return `${Number.isInteger(value) || value >= 99.95 ? value.toFixed(0) : value.toFixed(1)}${units[unit]}`
 }

@@ -46,7 +46,11 @@ export class AccessEpochs {
   }
 
   #advance(): void {
-    for (let first = this.#epochs[0]; this.#epochs.length > 1 && first?.underWay === 0; first = this.#epochs[0]) {
+    for (
+      let first = this.#epochs[0];
+      this.#epochs.length > 1 && first?.underWay === 0;
+      first = this.#epochs[0]
+    ) {
       this.#epochs.shift()
       for (const resolve of first.waiting) resolve()
     }

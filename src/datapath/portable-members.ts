@@ -65,7 +65,13 @@ export class PortableMembers {
     this.#fds = layout.memberFds
     this.#chunkSize = layout.chunkSize
     this.#dataOffset = layout.dataOffset
-    this.#counts = layout.memberFds.map(() => ({ reads: 0, readBytes: 0, writes: 0, writeBytes: 0, syncs: 0 }))
+    this.#counts = layout.memberFds.map(() => ({
+      reads: 0,
+      readBytes: 0,
+      writes: 0,
+      writeBytes: 0,
+      syncs: 0,
+    }))
   }
 
   /** Fills target[start, start + length) from byte `offset` of `slot`. @throws StoreError */
@@ -116,10 +122,16 @@ export class PortableMembers {
       const from = start + at
       let got = 0
       const step = (error: Error | null, count: number): void => {
-        if (error !== null) return partDone(memberError('read', member, position, part, error))
+        if (error !== null) {
+          partDone(memberError('read', member, position, part, error))
+          return
+        }
         got += count
         if (count === 0) target.fill(0, from + got, from + part)
-        if (count === 0 || got === part) return partDone(null)
+        if (count === 0 || got === part) {
+          partDone(null)
+          return
+        }
         read(fd, target, from + got, part - got, position + got, step)
       }
       read(fd, target, from, part, position, step)
@@ -134,9 +146,15 @@ export class PortableMembers {
       const from = start + at
       let put = 0
       const step = (error: Error | null, count: number): void => {
-        if (error !== null) return partDone(memberError('write', member, position, part, error))
+        if (error !== null) {
+          partDone(memberError('write', member, position, part, error))
+          return
+        }
         put += count
-        if (put === part) return partDone(null)
+        if (put === part) {
+          partDone(null)
+          return
+        }
         write(fd, source, from + put, part - put, position + put, step)
       }
       write(fd, source, from, part, position, step)
@@ -192,7 +210,9 @@ export class PortableMembers {
     let failure = this.#syncFailed
     const memberDone = (member: number, error: Error | null): void => {
       if (error !== null) {
-        failure ??= new StoreError('MEMBER_IO', `member ${member}: sync failed: ${messageOf(error)}`, { cause: error })
+        failure ??= new StoreError('MEMBER_IO', `member ${member}: sync failed: ${messageOf(error)}`, {
+          cause: error,
+        })
       }
       left--
       if (left > 0) return
@@ -297,7 +317,13 @@ function syncRound(): SyncRound {
   return { promise, resolve, reject }
 }
 
-function memberError(what: string, member: number, position: number, length: number, cause: unknown): StoreError {
+function memberError(
+  what: string,
+  member: number,
+  position: number,
+  length: number,
+  cause: unknown,
+): StoreError {
   const code = systemCode(cause)
   const kind = code === 'ENOSPC' || code === 'EDQUOT' ? 'NO_SPACE' : 'MEMBER_IO'
   const message = `member ${member}: ${what} of ${length} bytes at offset ${position} failed: ${messageOf(cause)}`

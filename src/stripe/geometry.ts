@@ -98,9 +98,9 @@ export function slotsForCapacity(capacity: number, stripeSize: number): number {
     throw new UserError('USAGE', `capacity ${capacity} is not a positive size`)
   const slots = Math.ceil(capacity / stripeSize) + 1
   if (slots > LIMITS.slotsPerPoolMax) {
-    const most = formatSize(2 ** Math.floor(Math.log2((LIMITS.slotsPerPoolMax - 1) * stripeSize)))
+    const most = Math.floor(((LIMITS.slotsPerPoolMax - 1) * stripeSize) / 2 ** 30) * 2 ** 30
     const asked = `capacity ${formatSize(capacity)} is too large for stripes of ${formatSize(stripeSize)}`
-    throw new UserError('USAGE', `${asked}: at most about ${most}, or use a larger chunk size`)
+    throw new UserError('USAGE', `${asked}: at most ${formatSize(most)}, or use a larger chunk size`)
   }
   return slots
 }

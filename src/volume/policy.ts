@@ -5,6 +5,7 @@ import type { Datapath, ExportHandler, ExportId, Upcall } from '../datapath/data
 import { CHANGE, type Change } from '../metadata/journal.ts'
 import { ERRNO_OF, NBD_ERRNO } from '../nbd/errno.ts'
 import { FillDetector } from './fill-detector.ts'
+import type { FreedRun } from './reclaimer.ts'
 import { statusOf } from './status.ts'
 import type { VolumeTables } from './tables.ts'
 
@@ -35,7 +36,7 @@ export interface PolicyHost {
   /** Takes back slots that `allocate` gave and nothing was recorded for. */
   unallocate(slots: readonly number[]): void
   /** Slots whose owner is gone since `sequence`. */
-  freeLater(runs: readonly { slot: number; count: number }[], sequence: number): void
+  freeLater(runs: readonly FreedRun[], sequence: number): void
   record(changes: readonly Change[], apply: (sequence: number) => void): Promise<number>
   flush(): Promise<void>
   onTrouble(message: string): void
@@ -409,7 +410,7 @@ export class VolumePolicy implements ExportHandler {
     try {
       await this.#host.datapath.barrier()
       const changes: Change[] = []
-      const freed: { slot: number; count: number }[] = []
+      const freed: FreedRun[] = []
       for (const run of consecutive(units)) {
         const firstUnit = run[0] ?? 0
         changes.push({ op: CHANGE.released, medium, first: firstUnit, count: run.length, slot: 0 })
@@ -420,7 +421,9 @@ export class VolumePolicy implements ExportHandler {
         changes.push({ op: CHANGE.slots, medium, first, count, slot: 0 })
         const slots: number[] = []
         for (let stripe = first; stripe < first + count; stripe++) slots.push(this.#tables.slotOf(stripe))
-        for (const slotRun of slotRunsOf(first, slots)) freed.push({ slot: slotRun.slot, count: slotRun.count })
+        for (const slotRun of slotRunsOf(first, slots)) {
+          freed.push({ slot: slotRun.slot, count: slotRun.count, owner: 'thin' })
+        }
       }
       await this.#host.record(changes, (sequence) => {
         for (const change of changes) this.#tables.apply(change)

@@ -1,4 +1,5 @@
 import type { Datapath } from '../datapath/datapath.ts'
+import type { SlotOwner } from '../stripe/allocator.ts'
 
 /**
  * Slots whose owner is gone wait here before they are handed out again (DESIGN invariant 3):
@@ -11,15 +12,20 @@ import type { Datapath } from '../datapath/datapath.ts'
  */
 export interface ReclaimerHost {
   readonly datapath: Datapath
-  free(slot: number, count: number): void
+  free(slot: number, count: number, owner: SlotOwner): void
   /** Makes everything recorded so far durable. */
   flush(): Promise<void>
   onTrouble(message: string): void
 }
 
-interface Freed {
+/** A run of slots, and whose they were: a thin volume's become free, a thick one's reservation ends. */
+export interface FreedRun {
   readonly slot: number
   readonly count: number
+  readonly owner: SlotOwner
+}
+
+interface Freed extends FreedRun {
   readonly sequence: number
 }
 
@@ -45,7 +51,7 @@ export class Reclaimer {
     return this.#pendingSlots
   }
 
-  freeLater(runs: readonly { slot: number; count: number }[], sequence: number): void {
+  freeLater(runs: readonly FreedRun[], sequence: number): void {
     for (const run of runs) {
       this.#waiting.push({ ...run, sequence })
       this.#pendingSlots += run.count
@@ -97,7 +103,7 @@ export class Reclaimer {
             this.#host.onTrouble(`space is not given back to the file system: ${String(error)}`)
           }
         }
-        this.#host.free(run.slot, run.count)
+        this.#host.free(run.slot, run.count, run.owner)
         this.#pendingSlots -= run.count
       }
     }
@@ -105,12 +111,12 @@ export class Reclaimer {
 }
 
 /** Neighbouring runs as one, so that a large trim is given back in few calls. */
-function joined(batch: readonly Freed[]): { slot: number; count: number }[] {
-  const runs: { slot: number; count: number }[] = []
-  for (const { slot, count } of [...batch].sort((a, b) => a.slot - b.slot)) {
+function joined(batch: readonly Freed[]): FreedRun[] {
+  const runs: { slot: number; count: number; owner: SlotOwner }[] = []
+  for (const { slot, count, owner } of [...batch].sort((a, b) => a.slot - b.slot)) {
     const last = runs[runs.length - 1]
-    if (last !== undefined && last.slot + last.count === slot) last.count += count
-    else runs.push({ slot, count })
+    if (last !== undefined && last.owner === owner && last.slot + last.count === slot) last.count += count
+    else runs.push({ slot, count, owner })
   }
   return runs
 }

@@ -6,6 +6,7 @@ import type { Datapath, ExportCounters, ExportId } from '../datapath/datapath.ts
 import type { SlotRun, VolumeRecord } from '../metadata/records.ts'
 import type { Commit } from '../metadata/store.ts'
 import { Formatter, type FormatterInfo } from './formatter.ts'
+import type { FreedRun } from './reclaimer.ts'
 import { type PolicyHost, VolumePolicy } from './policy.ts'
 import { CONTEXTS, type MapExtent, mapExtents } from './status.ts'
 import { VolumeTables } from './tables.ts'
@@ -25,6 +26,9 @@ export interface VolumeHost extends PolicyHost {
   checkpointWith(prepare: () => Commit): Promise<void>
   event(level: 'info' | 'warn' | 'error', kind: string, object: string, message: string): void
 }
+
+export type { FormatterInfo } from './formatter.ts'
+export type { MapExtent } from './status.ts'
 
 export interface VolumeInfo {
   readonly name: string
@@ -280,7 +284,7 @@ export class Volume {
       if (keep < run.count) unreserved.push({ stripe: run.stripe + keep, count: run.count - keep, slot: run.slot + keep })
     }
     const record = { ...this.#record, size, runs }
-    const freed: { slot: number; count: number }[] = []
+    const freed: FreedRun[] = []
     await this.#policy.withUnit(next.unitCount - 1, async () => {
       const last = next.stripeCount - 1
       const tail = size - last * this.#host.stripeSize
@@ -291,7 +295,9 @@ export class Volume {
       }
       await this.#host.checkpointWith(() => {
         for (let stripe = next.stripeCount; stripe < old.stripeCount && stripe < next.unitCount * old.formatUnit; stripe++) {
-          if (old.slotOf(stripe) !== 0 && record.provision === 'thin') freed.push({ slot: old.slotOf(stripe), count: 1 })
+          if (old.slotOf(stripe) !== 0 && record.provision === 'thin') {
+            freed.push({ slot: old.slotOf(stripe), count: 1, owner: 'thin' })
+          }
         }
         old.unfollow()
         this.#adopt(next)

@@ -1,0 +1,105 @@
+/**
+ * The command line: one file a command group, one place where errors become exit codes.
+ *
+ * Arguments are text until a command reads them: yargs converts nothing, so a volume may be called 007. A command
+ * that is not known or is called wrongly exits with 2 and says where to look.
+ */
+import yargs from 'yargs'
+import { messageOf, UserError } from '../base/errors.ts'
+import { VERSION } from '../daemon/version.ts'
+import { attachCommands } from './attach.ts'
+import { benchCommand } from './bench.ts'
+import { checkCommand } from './check.ts'
+import type { Cli } from './cli.ts'
+import { eventsCommand } from './events.ts'
+import { endOnClosedPipe, exitCodeOf, Output } from './output.ts'
+import { poolCommands } from './pool.ts'
+import { serveCommand } from './serve.ts'
+import { statusCommand } from './status.ts'
+import { volumeCommands } from './volume.ts'
+
+export async function run(args: readonly string[]): Promise<number> {
+  const cli: Cli = { output: new Output(), exitCode: 0 }
+  // An error may come before yargs has read the options.
+  cli.output.json = args.includes('--json')
+  endOnClosedPipe()
+  try {
+    await parse(args, cli)
+    return cli.exitCode
+  } catch (error) {
+    const known = isUsageError(error) ? usageError(error, args) : error
+    cli.output.error(known)
+    return exitCodeOf(known)
+  }
+}
+
+async function parse(args: readonly string[], cli: Cli): Promise<void> {
+  const root = yargs()
+    .scriptName('fullstripe')
+    .usage('$0 COMMAND\n\nBlock storage: volumes that are usable the moment they are created, served over NBD.')
+    .parserConfiguration({
+      'parse-numbers': false,
+      'parse-positional-numbers': false,
+      'dot-notation': false,
+      'boolean-negation': false,
+      'greedy-arrays': false,
+      'strip-aliased': true,
+    })
+    .locale('en')
+    .option('pool', { type: 'string', describe: 'Directory of the pool (default: FULLSTRIPE_POOL)', requiresArg: true })
+    .option('json', { type: 'boolean', default: false, describe: 'Write JSON, also for errors' })
+    .middleware((argv) => {
+      cli.output.json = argv.json
+      refuseRepeated(argv)
+    })
+  serveCommand(root, cli)
+  poolCommands(root, cli)
+  volumeCommands(root, cli)
+  attachCommands(root, cli)
+  statusCommand(root, cli)
+  eventsCommand(root, cli)
+  checkCommand(root, cli)
+  benchCommand(root, cli)
+  await root
+    .demandCommand(1, 1, 'Which command?', 'Which command?')
+    .recommendCommands()
+    .strict()
+    .version(VERSION)
+    .help()
+    .alias({ h: 'help' })
+    .wrap(Math.min(100, cli.output.columns))
+    .example('fullstripe pool create ./pool', 'make a pool')
+    .example('fullstripe serve ./pool', 'serve its volumes')
+    .example('fullstripe volume create data --size 10G --pool ./pool', 'make a volume')
+    .epilogue('Sizes: 4096, 64K, 10G, 1T (powers of 1024). Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no daemon.')
+    .exitProcess(false)
+    .fail(false)
+    .parseAsync([...args])
+}
+
+/** An option given twice would be a list; only those that are lists by nature may be. */
+const LISTS = new Set(['_', '--', 'listen', 'member'])
+function refuseRepeated(argv: Record<string, unknown>): void {
+  for (const [key, value] of Object.entries(argv)) {
+    if (Array.isArray(value) && !LISTS.has(key)) throw new UserError('USAGE', `--${key} is given more than once`)
+  }
+}
+
+/** What yargs itself found wrong; it exports no class for it. */
+function isUsageError(error: unknown): boolean {
+  return error instanceof Error && error.name === 'YError'
+}
+
+const GROUPS = new Set(['pool', 'volume'])
+
+/** One line, and where to look: yargs' sentences with the help of the command at hand. */
+function usageError(error: unknown, args: readonly string[]): UserError {
+  const words = args.filter((arg) => !arg.startsWith('-'))
+  const depth = GROUPS.has(words[0] ?? '') ? 2 : 1
+  const known = /^Unknown (command|argument)/.test(messageOf(error)) ? words.slice(0, depth - 1) : words.slice(0, depth)
+  const message = messageOf(error)
+    .replaceAll(/\s*\n\s*/g, ' ')
+    .replace(/^./, (first) => first.toLowerCase())
+    .replace(/[.?!]?$/, '')
+  return new UserError('USAGE', `${message}; see: ${['fullstripe', ...known, '--help'].join(' ')}`, { cause: error })
+}

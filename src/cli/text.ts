@@ -1,0 +1,105 @@
+/** Text for terminals: widths, tables, bars. Pure functions. */
+
+/** Columns a text takes in a terminal; no control characters in it. */
+export function textWidth(text: string): number {
+  let width = 0
+  for (const { segment } of new Intl.Segmenter('en', { granularity: 'grapheme' }).segment(text)) {
+    width += isWide(segment.codePointAt(0) ?? 0) ? 2 : 1
+  }
+  return width
+}
+
+/** East Asian wide characters and emoji (Unicode, "East Asian Width", in whole blocks). */
+function isWide(code: number): boolean {
+  return (
+    (code >= 0x1100 && code <= 0x115f) ||
+    (code >= 0x2e80 && code <= 0xa4cf) ||
+    (code >= 0xac00 && code <= 0xd7a3) ||
+    (code >= 0xf900 && code <= 0xfaff) ||
+    (code >= 0xfe30 && code <= 0xfe6f) ||
+    (code >= 0xff00 && code <= 0xff60) ||
+    (code >= 0xffe0 && code <= 0xffe6) ||
+    (code >= 0x1f300 && code <= 0x1faff) ||
+    (code >= 0x20000 && code <= 0x3fffd)
+  )
+}
+
+export function padEnd(text: string, width: number): string {
+  return text + ' '.repeat(Math.max(0, width - textWidth(text)))
+}
+
+export function padStart(text: string, width: number): string {
+  return ' '.repeat(Math.max(0, width - textWidth(text))) + text
+}
+
+/** Cut to a width, so that a line that is redrawn never wraps. Escape sequences are not expected in it. */
+export function fit(text: string, width: number): string {
+  if (textWidth(text) <= width) return text
+  let result = ''
+  let used = 0
+  for (const { segment } of new Intl.Segmenter('en', { granularity: 'grapheme' }).segment(text)) {
+    const next = isWide(segment.codePointAt(0) ?? 0) ? 2 : 1
+    if (used + next > width - 1) break
+    result += segment
+    used += next
+  }
+  return `${result}…`
+}
+
+export interface Column {
+  readonly title: string
+  readonly right?: boolean // numbers line up at their end
+}
+
+/** Lines of a table: a title row in capitals, two spaces between columns. */
+export function table(columns: readonly Column[], rows: readonly (readonly string[])[]): string[] {
+  const titles = columns.map((column) => column.title.toUpperCase())
+  const widths = columns.map((_, index) =>
+    [titles, ...rows].reduce((width, row) => Math.max(width, textWidth(row[index] ?? '')), 0),
+  )
+  const line = (cells: readonly string[]) =>
+    columns
+      .map(({ right }, index) => (right === true ? padStart : padEnd)(cells[index] ?? '', widths[index] ?? 0))
+      .join('  ')
+      .trimEnd()
+  return [line(titles), ...rows.map(line)]
+}
+
+/** Lines of `label  value` pairs, values lined up. */
+export function pairs(entries: readonly (readonly [string, string])[]): string[] {
+  const width = entries.reduce((most, [label]) => Math.max(most, textWidth(label)), 0)
+  return entries.map(([label, value]) => `${padEnd(label, width)}  ${value}`.trimEnd())
+}
+
+/** 12.4 %; never 0 % of something nor 100 % of less than all. */
+export function percent(part: number, whole: number): string {
+  if (whole <= 0) return '-'
+  if (part >= whole) return '100 %'
+  if (part <= 0) return '0 %'
+  return `${Math.min(99.9, Math.max(0.1, (100 * part) / whole)).toFixed(1)} %`
+}
+
+/** 93 → `1m33s`, 7384 → `2h03m`; seconds in. */
+export function duration(seconds: number): string {
+  if (!Number.isFinite(seconds)) return 'unknown'
+  const whole = Math.max(0, Math.round(seconds))
+  const two = (value: number) => String(value).padStart(2, '0')
+  if (whole < 60) return `${whole}s`
+  if (whole < 3600) return `${Math.floor(whole / 60)}m${two(whole % 60)}s`
+  if (whole < 86_400) return `${Math.floor(whole / 3600)}h${two(Math.floor((whole % 3600) / 60))}m`
+  return `${Math.floor(whole / 86_400)}d${two(Math.floor((whole % 86_400) / 3600))}h`
+}
+
+/** A bar of `width` columns; `unicode` draws eighths. */
+export function bar(share: number, width: number, unicode: boolean): string {
+  const filled = Math.min(1, Math.max(0, share)) * width
+  if (!unicode) return '#'.repeat(Math.floor(filled)).padEnd(width, '.')
+  const eighths = Math.floor(filled * 8)
+  const part = ' ▏▎▍▌▋▊▉'[eighths % 8] ?? ' '
+  const full = Math.floor(eighths / 8)
+  return `${'█'.repeat(full)}${full < width ? part : ''}`.padEnd(width)
+}
+
+export function plural(count: number, noun: string): string {
+  return `${count} ${noun}${count === 1 ? '' : 's'}`
+}

@@ -1,0 +1,707 @@
+import type { Socket } from 'node:net'
+import { assert } from '../base/assert.ts'
+import { ProtocolError, StoreError, systemCode } from '../base/errors.ts'
+import { LIMITS } from '../base/limits.ts'
+import { COMMAND, COMMAND_FLAG, type ReplyMode } from '../nbd/constants.ts'
+import { ERRNO_OF, NBD_ERRNO } from '../nbd/errno.ts'
+import {
+  chunkHeaderSize,
+  clipExtents,
+  decodeRequest,
+  decodeStatusFilter,
+  HANG_UP,
+  type Request,
+  requestHeaderSize,
+  type SessionRules,
+  statusChunkSize,
+  validateRequest,
+  validateStatusFilter,
+  writePlainReply,
+  writeStatusChunk,
+} from '../nbd/transmission.ts'
+import type { BufferPool } from './buffer-pool.ts'
+import type { ByteBudget } from './byte-budget.ts'
+import type { SessionEnd, SessionId, SessionSpec, StatusResult, UpcallKind } from './datapath.ts'
+import type { PortableExport } from './portable-export.ts'
+import type { PortableMembers } from './portable-members.ts'
+import { composeRead, readReplySize } from './read-reply.ts'
+import { ReplyQueue } from './reply-queue.ts'
+import { directPieces, readPieces } from './table-lookup.ts'
+
+/**
+ * One NBD connection in the transmission phase, on the event loop.
+ *
+ * What is received is parsed in place, as many requests as a received piece holds. A payload that lies whole in the
+ * piece is used where it lies; one that does not is collected in a buffer of its final size. Then the request runs:
+ *
+ *   receive -> decode -> validate -> admitted? -> payload complete -> tables -> member access | upcall -> reply
+ *                                    no: the socket is paused, and the rest waits in #unparsed
+ *
+ * Tables are looked at after the payload is complete, and in the same turn the member access begins. So a client
+ * that stalls holds only its own buffers: no slot, no epoch (access-epochs.ts), no turn.
+ *
+ * What one connection holds is bounded: requests in flight, payload bytes, reply bytes not yet taken by the client,
+ * and the sum over all connections (byte-budget.ts). A connection that holds nothing may always start one request.
+ *
+ * Endings: reading stops at once, requests in flight are answered, replies leave as far as the client takes them
+ * within a deadline, the socket is closed, and `onClose` is called when nothing is left, once.
+ */
+type ConnectionState = 'open' | 'draining' | 'flushing' | 'closed'
+const NEXT: Record<ConnectionState, readonly ConnectionState[]> = {
+  open: ['draining'], // requests are read
+  draining: ['flushing', 'closed'], // no more are read; those in flight go on
+  flushing: ['closed'], // all are answered; the last replies are on their way
+  closed: [],
+}
+
+/** What connections of one datapath share. */
+export interface ConnectionHost {
+  readonly members: PortableMembers
+  readonly pool: BufferPool
+  readonly budget: ByteBudget
+  /** Queues an upcall for the next batch. */
+  upcall(request: PendingRequest, kind: UpcallKind): void
+  connectionClosed(connection: PortableConnection): void
+}
+
+/** A request that is not answered in the turn in which it was parsed. */
+export interface PendingRequest {
+  readonly connection: PortableConnection
+  readonly request: Request
+  readonly length: number // bytes of the volume; with a status filter not what the header says
+  readonly contexts: readonly number[]
+  payload: Buffer | null // exactly `length` bytes of a write
+  owned: Buffer | null // the pooled buffer that `payload` lies in
+  received: number // payload bytes so far
+  upcall: number // id while the policy decides, else 0
+  uses: number // member accesses that use the payload now; a request that is used cannot be answered
+  kind: UpcallKind
+}
+
+const none: readonly number[] = []
+
+/** A request that has parsed or read this much in one turn lets the other connections run. */
+const turnBytesMax = 4 * 1024 * 1024
+/** A payload in a received piece this many times its size is copied before it waits, so it keeps little alive. */
+const borrowedShareMax = 4
+
+export class PortableConnection implements SessionRules {
+  readonly id: SessionId
+  readonly export: PortableExport
+  readonly mode: ReplyMode
+  readonly readOnly: boolean
+  readonly contexts: readonly number[]
+  readonly payloadMax = LIMITS.requestPayloadMax
+
+  readonly #host: ConnectionHost
+  readonly #socket: Socket
+  readonly #onClose: (reason: SessionEnd) => void
+  readonly #replies: ReplyQueue
+  readonly #extended: boolean
+  readonly #headerSize: number
+
+  #state: ConnectionState = 'open'
+  #reason: SessionEnd = 'closed'
+  #socketGone = false
+  #lingerTimer: NodeJS.Timeout | null = null
+
+  readonly #header: Buffer // a header that was cut by the end of a received piece
+  #headerFill = 0
+  #filling: PendingRequest | null = null // its payload is being collected
+  #skipping: Request | null = null // refused; its payload is being consumed
+  #skipLeft = 0
+  #skipErrno = 0
+  #waiting: Request | null = null // decoded and valid, but not admitted yet
+  #unparsed: Buffer | null = null // received behind it
+
+  #requestsInFlight = 0
+  #payloadBytes = 0
+  #turnBytes = 0
+  #resumePlanned = false
+  #flushPlanned = false
+  readonly #wake = (): void => this.#resume()
+
+  constructor(host: ConnectionHost, exported: PortableExport, id: SessionId, session: SessionSpec) {
+    this.#host = host
+    this.export = exported
+    this.id = id
+    this.mode = session.mode
+    this.readOnly = session.readOnly
+    this.contexts = session.contexts
+    this.#socket = session.socket
+    this.#onClose = session.onClose
+    this.#extended = session.mode === 'extended'
+    this.#headerSize = requestHeaderSize(this.#extended)
+    this.#header = Buffer.allocUnsafeSlow(this.#headerSize)
+    this.#replies = new ReplyQueue(session.socket, host.pool, host.budget, () => this.#released())
+    this.#attach(session.received)
+  }
+
+  /** SessionRules: follows a resize. */
+  get size(): number {
+    return this.export.tables.size
+  }
+
+  /** Ends the session: no more requests are read, those in flight are answered. */
+  end(reason: SessionEnd): void {
+    if (this.#state !== 'open') return
+    this.#reason = reason
+    this.#enter('draining')
+    this.#socket.pause()
+    this.#host.budget.cancel(this.#wake)
+    this.#unparsed = null
+    this.#waiting = null
+    this.#skipping = null
+    const partial = this.#filling
+    this.#filling = null
+    if (partial !== null) this.#releasePayload(partial)
+    this.#settle()
+  }
+
+  /** Answers an upcall of this connection. */
+  completed(pending: PendingRequest, errno: number): void {
+    this.#finish(pending, errno)
+    this.#planFlush()
+  }
+
+  /** Answers a block-status upcall. */
+  completedStatus(pending: PendingRequest, results: readonly StatusResult[]): void {
+    const { request, length } = pending
+    const requestOne = (request.flags & COMMAND_FLAG.REQ_ONE) !== 0
+    results.forEach((result, index) => {
+      const extents = clipExtents(result.extents, length, requestOne, this.#extended)
+      const size = statusChunkSize(this.#extended, extents.length)
+      const at = this.#replies.reserve(size)
+      const done = index === results.length - 1
+      writeStatusChunk(this.#replies.slab, at, request, this.#extended, done, result.context, extents)
+      this.#replies.commit(size)
+    })
+    this.#left()
+    this.#planFlush()
+  }
+
+  // ------------------------------------------------------------------------------------------ socket
+
+  #attach(received: Buffer): void {
+    const socket = this.#socket
+    // A client may close its sending half and still wait for answers.
+    socket.allowHalfOpen = true
+    socket.setNoDelay(true)
+    socket.setTimeout(0)
+    socket.on('error', (error) => {
+      const code = systemCode(error)
+      this.end(code === 'ECONNRESET' || code === 'EPIPE' ? 'hangup' : 'error')
+    })
+    socket.on('close', () => {
+      this.#socketGone = true
+      this.end('hangup')
+      this.#settle()
+    })
+    socket.on('end', () => this.end('hangup'))
+    socket.on('data', (piece: Buffer) => this.#receive(piece))
+    if (socket.destroyed) {
+      // It ended between negotiation and now, and tells nobody any more.
+      setImmediate(() => {
+        this.#socketGone = true
+        this.end('hangup')
+        this.#settle()
+      })
+      return
+    }
+    if (received.length > 0) this.#receive(received)
+    if (this.#unparsed === null && this.#state === 'open') socket.resume()
+  }
+
+  #receive(piece: Buffer): void {
+    if (this.#state !== 'open') return
+    if (this.#unparsed !== null) {
+      // `pause` has come too late for this piece.
+      this.#unparsed = Buffer.concat([this.#unparsed, piece])
+      return
+    }
+    this.#turnBytes = 0
+    this.#parse(piece)
+    this.#replies.flush()
+  }
+
+  /** Takes up parsing where it stopped for want of room. */
+  #resume(): void {
+    this.#resumePlanned = false
+    const piece = this.#unparsed
+    if (this.#state !== 'open' || piece === null) return
+    this.#turnBytes = 0
+    const waiting = this.#waiting
+    if (waiting !== null && !this.#admits(waiting)) {
+      this.#waitForRoom()
+      return
+    }
+    this.#unparsed = null
+    this.#waiting = null
+    if (waiting === null) this.#parse(piece)
+    else this.#parse(piece.subarray(this.#begin(waiting, piece, 0)))
+    this.#replies.flush()
+    if (this.#unparsed === null && this.#state === 'open') this.#socket.resume()
+  }
+
+  // ----------------------------------------------------------------------------------------- parsing
+
+  #parse(piece: Buffer): void {
+    const end = piece.length
+    let at = 0
+    while (at < end && this.#state === 'open') {
+      if (this.#filling !== null) {
+        at += this.#fill(this.#filling, piece, at)
+        continue
+      }
+      if (this.#skipping !== null) {
+        at += this.#skip(this.#skipping, end - at)
+        continue
+      }
+      let header = piece
+      let headerAt = at
+      if (this.#headerFill > 0 || end - at < this.#headerSize) {
+        const count = piece.copy(this.#header, this.#headerFill, at, at + this.#headerSize - this.#headerFill)
+        this.#headerFill += count
+        at += count
+        if (this.#headerFill < this.#headerSize) return
+        this.#headerFill = 0
+        header = this.#header
+        headerAt = 0
+      } else at += this.#headerSize
+      const request = this.#decode(header, headerAt)
+      if (request === null) return
+      if (!this.#admits(request)) {
+        this.#waiting = request
+        this.#unparsed = piece.subarray(at)
+        this.#socket.pause()
+        this.#waitForRoom()
+        return
+      }
+      at = this.#begin(request, piece, at)
+    }
+  }
+
+  /** Null when the stream cannot be followed any further. */
+  #decode(header: Buffer, at: number): Request | null {
+    try {
+      return decodeRequest(header, this.#extended, at)
+    } catch (error) {
+      if (!(error instanceof ProtocolError)) throw error
+      this.end('protocol')
+      return null
+    }
+  }
+
+  /** Starts an admitted request whose header ends at `at`; returns the position behind what it used of the piece. */
+  #begin(request: Request, piece: Buffer, at: number): number {
+    const errno = validateRequest(request, this)
+    if (errno === HANG_UP) {
+      this.end('protocol')
+      return piece.length
+    }
+    if (errno !== 0) {
+      if (request.payloadLength === 0) {
+        this.#reply(request, errno)
+        return at
+      }
+      this.#skipping = request
+      this.#skipLeft = request.payloadLength
+      this.#skipErrno = errno
+      return at
+    }
+    if (request.payloadLength === 0) {
+      this.#run(request)
+      return at
+    }
+    const pending = this.#pending(request, request.payloadLength, none)
+    this.#payloadBytes += request.payloadLength
+    this.#host.budget.hold(request.payloadLength)
+    const payloadEnd = at + request.payloadLength
+    if (payloadEnd <= piece.length) {
+      pending.payload = piece.subarray(at, payloadEnd)
+      this.#turnBytes += request.payloadLength
+      this.#runWithPayload(pending, piece.length)
+      return payloadEnd
+    }
+    pending.owned = this.#host.pool.take(request.payloadLength)
+    pending.payload = pending.owned.subarray(0, request.payloadLength)
+    this.#filling = pending
+    return at
+  }
+
+  #fill(pending: PendingRequest, piece: Buffer, at: number): number {
+    assert(pending.payload !== null)
+    const count = piece.copy(pending.payload, pending.received, at)
+    pending.received += count
+    this.#turnBytes += count
+    if (pending.received === pending.payload.length) {
+      this.#filling = null
+      this.#runWithPayload(pending, pending.payload.length)
+    }
+    return count
+  }
+
+  #skip(request: Request, available: number): number {
+    const count = Math.min(available, this.#skipLeft)
+    this.#skipLeft -= count
+    if (this.#skipLeft === 0) {
+      this.#skipping = null
+      this.#reply(request, this.#skipErrno)
+    }
+    return count
+  }
+
+  // ------------------------------------------------------------------------------------- backpressure
+
+  #admits(request: Request): boolean {
+    if (this.#turnBytes > turnBytesMax) return false
+    if (this.#requestsInFlight >= LIMITS.requestsInFlightPerConnection) return false
+    const replyHeld = this.#replies.heldBytes
+    const held = this.#payloadBytes + replyHeld
+    if (held === 0) return true
+    // What is refused later, for its length or its flags, holds nothing.
+    const payload = request.payloadLength <= this.payloadMax ? request.payloadLength : 0
+    const reply = request.command === COMMAND.READ && request.length <= this.payloadMax ? request.length : 0
+    return (
+      this.#payloadBytes + payload <= LIMITS.payloadInFlightPerConnection &&
+      replyHeld + reply <= LIMITS.replyBytesQueuedPerConnection &&
+      this.#host.budget.admits(payload + reply)
+    )
+  }
+
+  /** Arranges for #resume, by whatever can make room. */
+  #waitForRoom(): void {
+    if (this.#turnBytes > turnBytesMax) this.#planResume()
+    // Its own releases wake it in #released and #left; those of others through the budget.
+    else this.#host.budget.wait(this.#wake)
+  }
+
+  #planResume(): void {
+    if (this.#resumePlanned) return
+    this.#resumePlanned = true
+    setImmediate(this.#wake)
+  }
+
+  // ------------------------------------------------------------------------------------------ running
+
+  /** Runs a valid request without a payload. */
+  #run(request: Request): void {
+    const counts = this.export.counts
+    switch (request.command) {
+      case COMMAND.READ:
+        this.#read(request)
+        return
+      case COMMAND.DISC:
+        this.end('disconnect')
+        return
+      case COMMAND.FLUSH:
+        counts.flushes++
+        this.#upcall(this.#pending(request, 0, none), 'sync')
+        return
+      case COMMAND.TRIM:
+        counts.trims++
+        this.#upcall(this.#pending(request, request.length, none), 'trim')
+        return
+      case COMMAND.WRITE_ZEROES:
+        counts.zeroes++
+        this.#upcall(this.#pending(request, request.length, none), 'zero')
+        return
+      case COMMAND.BLOCK_STATUS:
+        this.#upcall(this.#pending(request, request.length, this.contexts), 'status')
+        return
+      case COMMAND.CACHE:
+        this.#cache(request)
+        return
+      default:
+        assert(false, `command ${request.command} passed validation`)
+    }
+  }
+
+  /** @param kept bytes of memory that the payload keeps alive */
+  #runWithPayload(pending: PendingRequest, kept: number): void {
+    const { request } = pending
+    if (request.command === COMMAND.BLOCK_STATUS) {
+      this.#filteredStatus(pending)
+      return
+    }
+    assert(request.command === COMMAND.WRITE && pending.payload !== null)
+    // The volume may have shrunk since the header was read.
+    if (request.offset + pending.length > this.size) {
+      this.#releasePayload(pending)
+      this.#reply(request, NBD_ERRNO.ENOSPC)
+      return
+    }
+    const { counts, spec, tables } = this.export
+    counts.writes++
+    counts.writeBytes += pending.length
+    const { members } = this.#host
+    const pieces = directPieces(spec, tables, members.contiguous, request.offset, pending.length)
+    if (pieces === undefined) {
+      this.#ownPayload(pending, kept)
+      this.#upcall(pending, 'write')
+      return
+    }
+    counts.inPlaceWrites++
+    if (!members.writeGate.allows(pending.length)) {
+      this.#ownPayload(pending, kept)
+      this.#requestsInFlight++
+      let left = pieces.length
+      let errno = 0
+      for (const piece of pieces) {
+        members.writeLater(piece.slot, piece.offset, pending.payload, piece.start, piece.length, (error) => {
+          if (error !== null) errno = ERRNO_OF[error.code]
+          left--
+          if (left === 0) this.#writtenLater(pending, errno)
+        })
+      }
+      return
+    }
+    try {
+      for (const piece of pieces) {
+        members.writeNow(piece.slot, piece.offset, pending.payload, piece.start, piece.length)
+      }
+    } catch (error) {
+      this.#releasePayload(pending)
+      this.#reply(request, errnoOf(error))
+      return
+    }
+    if ((request.flags & COMMAND_FLAG.FUA) !== 0) {
+      this.#ownPayload(pending, kept)
+      this.#upcall(pending, 'sync')
+      return
+    }
+    this.#releasePayload(pending)
+    this.#reply(request, 0)
+  }
+
+  #writtenLater(pending: PendingRequest, errno: number): void {
+    if (errno === 0 && (pending.request.flags & COMMAND_FLAG.FUA) !== 0) {
+      this.#requestsInFlight--
+      this.#upcall(pending, 'sync')
+      return
+    }
+    this.#finish(pending, errno)
+    this.#planFlush()
+  }
+
+  #read(request: Request): void {
+    const { counts, spec, tables } = this.export
+    const { members } = this.#host
+    counts.reads++
+    counts.readBytes += request.length
+    const pieces = readPieces(spec, tables, members.contiguous, request.offset, request.length)
+    const layout = {
+      request,
+      mode: this.mode,
+      // A hole says zeros; an export that is filled with something else sends it as data.
+      holes: spec.fill === 0 && (request.flags & COMMAND_FLAG.DF) === 0,
+      fill: spec.fill,
+      pieces,
+    }
+    const size = readReplySize(layout)
+    this.#turnBytes += size
+    let ioBytes = 0
+    for (const piece of pieces) if (piece.slot !== 0) ioBytes += piece.length
+    if (ioBytes === 0 || members.readGate.allows(ioBytes)) {
+      const at = this.#replies.reserve(size)
+      const buffer = this.#replies.slab
+      try {
+        composeRead(layout, buffer, at, (piece, target) => {
+          members.readNow(piece.slot, piece.offset, buffer, target, piece.length)
+        })
+      } catch (error) {
+        this.#reply(request, errnoOf(error))
+        return
+      }
+      this.#replies.commit(size)
+      return
+    }
+    const buffer = this.#replies.take(size)
+    this.#requestsInFlight++
+    let left = 1 // held by this turn
+    let errno = 0
+    const pieceDone = (error: StoreError | null): void => {
+      if (error !== null) errno = ERRNO_OF[error.code]
+      left--
+      if (left > 0) return
+      if (errno === 0) this.#replies.append(buffer, size)
+      else {
+        this.#replies.discard(buffer)
+        this.#reply(request, errno)
+      }
+      this.#left()
+      this.#planFlush()
+    }
+    composeRead(layout, buffer, 0, (piece, target) => {
+      left++
+      members.readLater(piece.slot, piece.offset, buffer, target, piece.length, pieceDone)
+    })
+    left-- // no access calls back before this turn ends
+  }
+
+  /** Reads what is in slots, for the page cache to keep; the data goes nowhere. Bounded: the command is a hint. */
+  #cache(request: Request): void {
+    const { spec, tables } = this.export
+    const { members, pool } = this.#host
+    const length = Math.min(request.length, this.payloadMax)
+    const pieces = readPieces(spec, tables, members.contiguous, request.offset, length)
+    const pending = this.#pending(request, length, none)
+    const buffer = pool.take(cacheStepBytes)
+    this.#requestsInFlight++
+    let index = 0
+    let done = 0
+    const step = (error: StoreError | null): void => {
+      let piece = pieces[index]
+      while (piece !== undefined && (piece.slot === 0 || done === piece.length)) {
+        index++
+        done = 0
+        piece = pieces[index]
+      }
+      if (error !== null || piece === undefined) {
+        pool.give(buffer)
+        this.#finish(pending, 0)
+        this.#planFlush()
+        return
+      }
+      const part = Math.min(cacheStepBytes, piece.length - done)
+      const offset = piece.offset + done
+      done += part
+      members.readLater(piece.slot, offset, buffer, 0, part, step)
+    }
+    step(null)
+  }
+
+  #filteredStatus(pending: PendingRequest): void {
+    const { request } = pending
+    assert(pending.payload !== null)
+    const filter = decodeStatusFilter(pending.payload)
+    const errno = validateStatusFilter(filter, request, this)
+    this.#releasePayload(pending)
+    if (errno !== 0) {
+      this.#reply(request, errno)
+      return
+    }
+    this.#upcall(this.#pending(request, filter.length, filter.contexts), 'status')
+  }
+
+  #upcall(pending: PendingRequest, kind: UpcallKind): void {
+    this.#requestsInFlight++
+    this.export.counts.upcalls++
+    this.#host.upcall(pending, kind)
+  }
+
+  #pending(request: Request, length: number, contexts: readonly number[]): PendingRequest {
+    return {
+      connection: this,
+      request,
+      length,
+      contexts,
+      payload: null,
+      owned: null,
+      received: 0,
+      upcall: 0,
+      uses: 0,
+      kind: 'write',
+    }
+  }
+
+  // ---------------------------------------------------------------------------------------- answering
+
+  /** Answers a request that is in flight. */
+  #finish(pending: PendingRequest, errno: number): void {
+    this.#releasePayload(pending)
+    this.#reply(pending.request, errno)
+    this.#left()
+  }
+
+  /** Writes a reply without data. */
+  #reply(request: Request, errno: number): void {
+    if (errno !== 0) this.export.counts.errors++
+    const at = this.#replies.reserve(plainReplySizeMax)
+    this.#replies.commit(writePlainReply(this.#replies.slab, at, request, this.mode, errno) - at)
+  }
+
+  #left(): void {
+    this.#requestsInFlight--
+    assert(this.#requestsInFlight >= 0, 'more requests answered than were in flight')
+    if (this.#unparsed !== null) this.#planResume()
+  }
+
+  /** The socket is done with a batch of replies. */
+  #released(): void {
+    if (this.#unparsed !== null) this.#planResume()
+    if (this.#state === 'flushing') this.#armLinger()
+  }
+
+  /** Replies of one turn leave together. Answers come from many places, so the flush waits until all have run. */
+  #planFlush(): void {
+    if (this.#flushPlanned) return
+    this.#flushPlanned = true
+    queueMicrotask(() => {
+      this.#flushPlanned = false
+      this.#replies.flush()
+      this.#settle()
+    })
+  }
+
+  /** Payload bytes that lie in a much larger received piece are moved before they wait for a decision. */
+  #ownPayload(pending: PendingRequest, kept: number): void {
+    const { payload } = pending
+    assert(payload !== null)
+    if (pending.owned !== null || kept <= borrowedShareMax * payload.length) return
+    pending.owned = this.#host.pool.take(payload.length)
+    payload.copy(pending.owned)
+    pending.payload = pending.owned.subarray(0, payload.length)
+  }
+
+  #releasePayload(pending: PendingRequest): void {
+    const { payload, owned } = pending
+    if (payload === null) return
+    assert(pending.uses === 0, 'a payload is in use')
+    pending.payload = null
+    pending.owned = null
+    if (owned !== null) this.#host.pool.give(owned)
+    this.#payloadBytes -= payload.length
+    this.#host.budget.release(payload.length)
+  }
+
+  // ------------------------------------------------------------------------------------------- ending
+
+  #enter(next: ConnectionState): void {
+    assert(NEXT[this.#state].includes(next), `connection: ${this.#state} -> ${next}`)
+    this.#state = next
+  }
+
+  /** Moves on towards closed, as far as what is in flight allows. */
+  #settle(): void {
+    if (this.#state === 'open' || this.#requestsInFlight > 0) return
+    if (this.#socketGone) {
+      if (this.#state === 'closed') return
+      this.#enter('closed')
+      if (this.#lingerTimer !== null) clearTimeout(this.#lingerTimer)
+      this.#host.connectionClosed(this)
+      this.#onClose(this.#reason)
+      return
+    }
+    if (this.#state !== 'draining') return
+    this.#replies.flush()
+    this.#enter('flushing')
+    this.#armLinger()
+    // What the client sent behind the end is not read, so the socket is closed once the replies are with the kernel.
+    this.#socket.end(() => this.#socket.destroy())
+  }
+
+  /** A client that takes no reply for that long is not waited for. */
+  #armLinger(): void {
+    if (this.#lingerTimer !== null) clearTimeout(this.#lingerTimer)
+    this.#lingerTimer = setTimeout(() => this.#socket.destroy(), LIMITS.closeLingerMsMax)
+  }
+}
+
+const plainReplySizeMax = chunkHeaderSize(true) + 6
+const cacheStepBytes = 256 * 1024
+
+function errnoOf(error: unknown): number {
+  if (error instanceof StoreError) return ERRNO_OF[error.code]
+  throw error
+}

@@ -1,0 +1,153 @@
+# What the kernel tests share: a scratch place, a daemon, a device, and that all of it goes away in the end. Sourced.
+#
+#   $work   scratch directory, on $FULLSTRIPE_TEST_DISK (which is overwritten) where that is set
+#   $pool   the pool in it; $device the /dev/nbdX that this test uses; $mounted where its file system is mounted
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cd "$here/../.."
+export PATH=$PATH:/usr/sbin:/sbin
+. test/tap.sh
+
+daemon=''
+fullstripe() { node dist/cli/main.js "$@" --pool "$pool"; }
+bail() {
+  printf 'Bail out! %s\n' "$*"
+  exit 1
+}
+
+# ---- needs --------------------------------------------------------------------------------------------
+need_everything() {
+  local program
+  for program in node nbd-client fio mkfs.ext4 fsck.ext4 mkfs.xfs xfs_repair fstrim mount jq; do
+    command -v "$program" >/dev/null || bail "$program is missing: run scripts/setup --test"
+  done
+  ((EUID == 0)) || bail 'root is needed to attach and mount'
+  [[ -f dist/cli/main.js ]] || bail 'dist/ is missing: run scripts/setup'
+  [[ -e /sys/block/nbd0 ]] || modprobe nbd || bail 'this kernel has no nbd driver'
+}
+
+# ---- scratch ------------------------------------------------------------------------------------------
+make_scratch() {
+  work=$(mktemp -d "${TMPDIR:-/var/tmp}/fullstripe-kernel.XXXXXX")
+  trap clean_up EXIT
+  trap 'exit 130' INT TERM HUP
+  if [[ ${FULLSTRIPE_TEST_DISK:-} ]]; then
+    mkfs.ext4 -q -F "$FULLSTRIPE_TEST_DISK"
+    mkdir "$work/disk"
+    mount "$FULLSTRIPE_TEST_DISK" "$work/disk"
+    pool=$work/disk/pool
+  else
+    pool=$work/pool
+  fi
+  mounted=$work/mounted
+  mkdir "$mounted"
+  device=$(free_device) || bail 'every nbd device is in use'
+}
+free_device() {
+  local block
+  for block in /sys/block/nbd*; do
+    [[ -e $block/pid ]] || {
+      printf '/dev/%s\n' "${block##*/}"
+      return
+    }
+  done
+  return 1
+}
+clean_up() {
+  local status=$?
+  set +e
+  trap - EXIT
+  if mountpoint -q "$mounted"; then umount -l "$mounted"; fi
+  if attached; then nbd-client -d "$device" >/dev/null 2>&1; fi
+  if [[ $daemon ]]; then kill -9 "$daemon"; wait "$daemon"; fi 2>/dev/null
+  if mountpoint -q "$work/disk"; then umount -l "$work/disk"; fi
+  rm -rf "$work"
+  exit "$status"
+}
+
+# ---- daemon -------------------------------------------------------------------------------------------
+# In the background of the main shell, not of a check's, so that its exit status can be waited for.
+start_daemon() { # DATAPATH
+  node dist/cli/main.js serve "$pool" --datapath "$1" >>"$work/daemon.log" 2>&1 &
+  daemon=$!
+}
+daemon_answers() {
+  wait_until 60 fullstripe status --json >"$work/status.json" && return
+  tail -n 20 "$work/daemon.log"
+  return 1
+}
+datapath_is() { [[ $(jq -r .datapath.kind "$work/status.json") == "$1" ]]; }
+# Sets $daemon_status: what the daemon exits with when asked to stop.
+stop_daemon() {
+  daemon_status=0
+  kill -TERM "$daemon"
+  wait "$daemon" || daemon_status=$?
+  daemon=''
+}
+daemon_stopped_well() {
+  ((daemon_status == 0)) && return
+  tail -n 20 "$work/daemon.log"
+  return 1
+}
+kill_daemon() {
+  kill -9 "$daemon"
+  wait "$daemon" 2>/dev/null || true
+  daemon=''
+}
+
+# ---- waiting ------------------------------------------------------------------------------------------
+wait_until() { # SECONDS COMMAND [ARGUMENT...]
+  local deadline=$((SECONDS + $1))
+  shift
+  until "$@"; do
+    ((SECONDS < deadline)) || return 1
+    sleep 0.2
+  done
+}
+
+# ---- device -------------------------------------------------------------------------------------------
+attached() { [[ -e /sys/block/${device##*/}/pid ]]; }
+detached() { ! attached; }
+device_size() { echo $(($(<"/sys/block/${device##*/}/size") * 512)); }
+# Writes the kernel has finished on the device since the module was loaded.
+device_writes() { awk '{ print $5 }' "/sys/block/${device##*/}/stat"; }
+
+attach_volume() { # VOLUME CONNECTIONS SIZE
+  fullstripe attach "$1" "$device" --connections "$2"
+  wait_until 20 attached
+  [[ $(device_size) == "$3" ]]
+  [[ $(fullstripe volume show "$1" --json | jq .sessions) == "$2" ]]
+}
+detach_volume() { # VOLUME
+  fullstripe detach "$device"
+  wait_until 20 detached
+  wait_until 20 no_sessions "$1"
+}
+no_sessions() { [[ $(fullstripe volume show "$1" --json | jq .sessions) == 0 ]]; }
+
+# ---- file systems -------------------------------------------------------------------------------------
+make_fs() { # ext4|xfs
+  case $1 in
+    ext4) mkfs.ext4 -q -F "$device" ;;
+    xfs) mkfs.xfs -q -f "$device" ;;
+  esac
+}
+mount_fs() { mount "$device" "$mounted"; }
+unmount_fs() { umount "$mounted"; }
+check_fs() { # ext4|xfs
+  case $1 in
+    ext4) fsck.ext4 -f -n "$device" ;;
+    xfs) xfs_repair -n "$device" ;;
+  esac
+}
+
+# Random 4 KiB writes past the page cache, then every block read back and its checksum compared.
+fio_verify() { # NAME SIZE
+  fio --name="$1" --directory="$mounted" --filename="$1" --size="$2" --rw=randwrite --bs=4k --ioengine=libaio \
+    --iodepth=16 --direct=1 --verify=crc32c --do_verify=1 --verify_fatal=1 --end_fsync=1 --randrepeat=1
+}
+# The same file read back later: what was verified once must still be there.
+fio_again() { # NAME SIZE
+  fio --name="$1" --directory="$mounted" --filename="$1" --size="$2" --rw=randwrite --bs=4k --ioengine=libaio \
+    --iodepth=16 --direct=1 --verify=crc32c --verify_only --verify_fatal=1 --randrepeat=1
+}

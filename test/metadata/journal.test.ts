@@ -1,0 +1,180 @@
+import { mkdtempSync, rmSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { afterEach, beforeEach, describe, expect, it } from 'vitest'
+import {
+  CHANGE,
+  type Change,
+  createJournalFile,
+  Journal,
+  type JournalFile,
+  openJournalFile,
+} from '../../src/metadata/journal.ts'
+
+const POOL = '6b1f3f0e-3f0a-4f6e-9d55-0d9f2f8a4c11'
+const BOOT = '11111111-2222-4333-8444-555555555555'
+const REBOOT = '99999999-2222-4333-8444-555555555555'
+
+const change = (first: number): Change => ({ op: CHANGE.slots, medium: 7, first, count: 1, slot: first + 100 })
+
+/** A journal file in memory, small enough to fill, which knows what was synced. */
+class MemoryFile implements JournalFile {
+  content: Buffer
+  synced: Buffer
+  failing = false
+  constructor(readonly size: number) {
+    this.content = Buffer.alloc(size)
+    this.synced = Buffer.alloc(size)
+  }
+  read(target: Buffer, position: number): void {
+    this.content.copy(target, 0, position, position + target.length)
+  }
+  write(source: Buffer, position: number): void {
+    if (this.failing) throw new Error('no such luck')
+    source.copy(this.content, position)
+  }
+  async sync(): Promise<void> {
+    this.content.copy(this.synced)
+  }
+  close(): void {}
+  powerCut(): void {
+    this.synced.copy(this.content)
+  }
+}
+
+function memoryPair(size = 4096 + 2048): [MemoryFile, MemoryFile] {
+  return [new MemoryFile(size), new MemoryFile(size)]
+}
+
+function reopened(files: [JournalFile, JournalFile], bootId = BOOT): Journal {
+  return new Journal(files, { pool: POOL, bootId })
+}
+
+async function started(files: [JournalFile, JournalFile]): Promise<Journal> {
+  const journal = reopened(files)
+  expect(journal.recover(0)).toEqual({ changes: [], lastSequence: 0, dropped: 0 })
+  await journal.start(0)
+  return journal
+}
+
+describe('journal', () => {
+  it('gives back, in order, what was appended and never synced, after the death of the process', async () => {
+    const files = memoryPair()
+    const journal = await started(files)
+    for (let i = 0; i < 10; i++) expect(journal.append([change(i), change(i + 50)])).toBe(i + 1)
+    const { changes, lastSequence } = reopened(files).recover(0)
+    expect(lastSequence).toBe(10)
+    expect(changes.map((c) => c.first)).toEqual(Array.from({ length: 10 }, (_, i) => [i, i + 50]).flat())
+    expect(changes[0]).toEqual(change(0))
+  })
+
+  it('gives back only what LMDB lacks', async () => {
+    const files = memoryPair()
+    const journal = await started(files)
+    for (let i = 0; i < 5; i++) journal.append([change(i)])
+    expect(reopened(files).recover(3).changes.map((c) => c.first)).toEqual([3, 4])
+  })
+
+  it('after a power cut gives back what the last durable mark covers, and nothing that was merely on disk', async () => {
+    const files = memoryPair()
+    const journal = await started(files)
+    journal.append([change(1)])
+    const covered = journal.append([change(2)])
+    journal.append([change(3)]) // recorded while the members were being synced: its data may be missing
+    journal.mark(covered)
+    await journal.sync()
+    journal.append([change(4)])
+    await Promise.all(files.map((file) => file.sync())) // the kernel wrote it back on its own
+    for (const file of files) file.powerCut()
+    const recovery = reopened(files, REBOOT).recover(0)
+    expect(recovery.changes.map((c) => c.first)).toEqual([1, 2])
+    expect(recovery.dropped).toBe(2)
+  })
+
+  it('after a power cut without any mark gives back nothing', async () => {
+    const files = memoryPair()
+    const journal = await started(files)
+    journal.append([change(1)])
+    await Promise.all(files.map((file) => file.sync()))
+    expect(reopened(files, REBOOT).recover(0).changes).toEqual([])
+  })
+
+  it('ends at the first torn frame, wherever it is torn', async () => {
+    const files = memoryPair()
+    const journal = await started(files)
+    for (let i = 0; i < 3; i++) journal.append([change(i)])
+    const whole = Buffer.from(files[0].content)
+    const frame = 48 // 24 bytes of header, one record
+    for (let at = 4096 + frame; at < 4096 + 2 * frame; at++) {
+      whole.copy(files[0].content)
+      files[0].content.writeUInt8((files[0].content.readUInt8(at) + 1) & 255, at)
+      expect(reopened(files).recover(0).changes.map((c) => c.first), `byte ${at}`).toEqual([0])
+    }
+  })
+
+  it('turns to the other file when one is full, and back only after a checkpoint', async () => {
+    const files = memoryPair()
+    const journal = await started(files)
+    let appended = 0
+    while (journal.hasRoom(1)) {
+      journal.append([change(appended)])
+      appended++
+    }
+    expect(appended).toBeGreaterThan(2048 / 48) // more than one file holds
+    expect(reopened(files).recover(0).changes).toHaveLength(appended)
+    const sequence = journal.lastSequence
+    journal.checkpointed(sequence)
+    expect(journal.hasRoom(1)).toBe(true)
+    for (let i = 0; i < 20; i++) journal.append([change(1000 + i)])
+    // Frames of the earlier turn lie behind the new ones in the same file; they must not come back.
+    const { changes } = reopened(files).recover(sequence)
+    expect(changes.map((c) => c.first)).toEqual(Array.from({ length: 20 }, (_, i) => 1000 + i))
+  })
+
+  it('always has room for the mark of a flush behind the last append', async () => {
+    const files = memoryPair()
+    const journal = await started(files)
+    while (journal.hasRoom(1)) journal.append([change(1)])
+    journal.mark(journal.lastSequence)
+    await journal.sync()
+    expect(reopened(files, REBOOT).recover(0).dropped).toBe(0)
+  })
+
+  it('does not count a frame that could not be written', async () => {
+    const files = memoryPair()
+    const journal = await started(files)
+    journal.append([change(1)])
+    files[0].failing = true
+    expect(() => journal.append([change(2)])).toThrow(/write failed/)
+    files[0].failing = false
+    expect(journal.append([change(3)])).toBe(2)
+    expect(reopened(files).recover(0).changes.map((c) => c.first)).toEqual([1, 3])
+  })
+
+  it('refuses the files of another pool and of a newer version', async () => {
+    const files = memoryPair()
+    await started(files)
+    const other = new Journal(files, { pool: POOL.replace('6', '7'), bootId: BOOT })
+    expect(() => other.recover(0)).toThrow(/belongs to pool 6b1f/)
+  })
+})
+
+describe('journal files', () => {
+  let directory: string
+  beforeEach(() => {
+    directory = mkdtempSync(join(tmpdir(), 'fullstripe-journal-'))
+  })
+  afterEach(() => rmSync(directory, { recursive: true }))
+
+  it('work on real files', async () => {
+    const paths = ['a', 'b'].map((name) => join(directory, name))
+    for (const path of paths) createJournalFile(path)
+    const open = (): [JournalFile, JournalFile] => [openJournalFile(paths[0] ?? ''), openJournalFile(paths[1] ?? '')]
+    const journal = await started(open())
+    journal.append([change(5)])
+    journal.close()
+    const again = reopened(open())
+    expect(again.recover(0).changes).toEqual([change(5)])
+    again.close()
+  })
+})
