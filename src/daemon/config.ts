@@ -6,6 +6,7 @@ import { readFileSync } from 'node:fs'
 import { resolve } from 'node:path'
 import { messageOf, UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
+import { formatNbdUri } from '../nbd/uri.ts'
 
 export const DATAPATH_CHOICES = ['auto', 'native', 'portable'] as const
 export type DatapathChoice = (typeof DATAPATH_CHOICES)[number]
@@ -30,8 +31,7 @@ export interface DaemonConfig {
 }
 
 export function defaultListen(pool: string): string {
-  const path = resolve(pool, 'nbd.sock').split('/').map(encodeURIComponent).join('/')
-  return `nbd+unix:///?socket=${path}`
+  return formatNbdUri({ address: { transport: 'unix', path: resolve(pool, 'nbd.sock') } })
 }
 
 export function resolveConfig(pool: string, flags: ConfigValues, file: ConfigValues = {}): DaemonConfig {

@@ -99,7 +99,8 @@ export function* describeExport(name: string, options: HandshakeOptions): Handsh
   const mode = yield* chooseMode(options.mode)
   const contexts = mode === 'simple' ? [] : yield* contextOption(OPTION.LIST_META_CONTEXT, name, [])
   const answer = yield* infoOrGo(OPTION.INFO, name, mode, contexts)
-  if (answer === undefined) throw new UserError('FAILED', 'the server cannot describe an export without opening it')
+  if (answer === undefined)
+    throw new UserError('FAILED', 'the server cannot describe an export without opening it')
   yield* abort()
   return answer
 }
@@ -114,19 +115,22 @@ interface Greeting {
 function* greet(): Handshake<Greeting> {
   const bytes = yield { need: HEADER.greeting }
   if (!startsWithMagic(bytes, 0, MAGIC.init)) throw new ProtocolError('this is no NBD server')
-  if (startsWithMagic(bytes, 8, MAGIC.oldstyle)) throw new ProtocolError('server speaks oldstyle negotiation only')
+  if (startsWithMagic(bytes, 8, MAGIC.oldstyle))
+    throw new ProtocolError('server speaks oldstyle negotiation only')
   if (!startsWithMagic(bytes, 8, MAGIC.option)) throw new ProtocolError('this is no NBD server')
   const flags = bytes.readUInt16BE(16)
   const fixedNewstyle = (flags & HANDSHAKE_FLAG.FIXED_NEWSTYLE) !== 0
   const noZeroes = (flags & HANDSHAKE_FLAG.NO_ZEROES) !== 0
-  const clientFlags = (fixedNewstyle ? CLIENT_FLAG.FIXED_NEWSTYLE : 0) | (noZeroes ? CLIENT_FLAG.NO_ZEROES : 0)
+  const clientFlags =
+    (fixedNewstyle ? CLIENT_FLAG.FIXED_NEWSTYLE : 0) | (noZeroes ? CLIENT_FLAG.NO_ZEROES : 0)
   yield { send: encodeClientFlags(clientFlags) }
   return { fixedNewstyle, noZeroes }
 }
 
 function* greetFixed(): Handshake<void> {
   const greeting = yield* greet()
-  if (!greeting.fixedNewstyle) throw new UserError('FAILED', 'the server is too old to be asked about its exports')
+  if (!greeting.fixedNewstyle)
+    throw new UserError('FAILED', 'the server is too old to be asked about its exports')
 }
 
 function* chooseMode(best: ReplyMode): Handshake<ReplyMode> {
@@ -162,7 +166,8 @@ function* contextOption(option: number, name: string, queries: readonly string[]
     const reply = yield* receiveReply(option)
     if (reply.type === OPTION_REPLY.ACK) return contexts
     if (isOptionError(reply.type)) return [] // "the client MUST disregard any context replies"
-    if (reply.type !== OPTION_REPLY.META_CONTEXT) throw new ProtocolError(`reply type ${reply.type} for contexts`)
+    if (reply.type !== OPTION_REPLY.META_CONTEXT)
+      throw new ProtocolError(`reply type ${reply.type} for contexts`)
     contexts.push(decodeMetaContext(reply.data))
     if (contexts.length > REPLIES_MAX) throw new ProtocolError(`server has more than ${REPLIES_MAX} contexts`)
   }
@@ -241,7 +246,8 @@ function* send(option: number, data?: Buffer): Handshake<void> {
 
 function* receiveReply(option: number): Handshake<OptionReply> {
   const header = decodeOptionReplyHeader(yield { need: HEADER.optionReply })
-  if (header.option !== option) throw new ProtocolError(`reply to option ${header.option} instead of ${option}`)
+  if (header.option !== option)
+    throw new ProtocolError(`reply to option ${header.option} instead of ${option}`)
   if (header.length > OPTION_REPLY_DATA_MAX) throw new ProtocolError(`option reply of ${header.length} bytes`)
   const data = header.length === 0 ? Buffer.alloc(0) : yield { need: header.length }
   return { type: header.type, data }
@@ -251,7 +257,10 @@ function* receiveReply(option: number): Handshake<OptionReply> {
 function refusal(reply: OptionReply, what: string): ProtocolError | UserError {
   if (!isOptionError(reply.type)) return new ProtocolError(`unexpected option reply of type ${reply.type}`)
   // The server's words are for people; nothing in them is trusted, so a bad string is simply left out.
-  const words = reply.data.toString('utf8').replace(/[^\P{C}]/gu, ' ').trim()
+  const words = reply.data
+    .toString('utf8')
+    .replace(/[^\P{C}]/gu, ' ')
+    .trim()
   const because = words === '' ? '' : `: ${words}`
   switch (reply.type) {
     case OPTION_REPLY.ERR_UNKNOWN:
@@ -264,5 +273,51 @@ function refusal(reply: OptionReply, what: string): ProtocolError | UserError {
       return new UserError('REFUSED', `${what} by its policy${because}`)
     default:
       return new UserError('FAILED', `${what} (reply 2^31 + ${reply.type - 2 ** 31})${because}`)
+  }
+}
+
+/** Runs a handshake over chunks of bytes as they come. */
+export class HandshakeRun<Result> {
+  readonly #handshake: Handshake<Result>
+  readonly #send: (bytes: Buffer) => void
+  #wanted: Buffer = Buffer.alloc(0)
+  #filled = 0
+  #result: { readonly value: Result } | undefined
+
+  /** @param send called with bytes for the server, at once and later from `receive` */
+  constructor(handshake: Handshake<Result>, send: (bytes: Buffer) => void) {
+    this.#handshake = handshake
+    this.#send = send
+    this.#advance(handshake.next())
+  }
+
+  /**
+   * @returns the result once there is one, and the bytes that came after the handshake
+   * @throws ProtocolError, UserError
+   */
+  receive(chunk: Buffer): { readonly value: Result; readonly leftover: Buffer } | undefined {
+    let at = 0
+    while (this.#result === undefined) {
+      const copied = chunk.copy(this.#wanted, this.#filled, at)
+      at += copied
+      this.#filled += copied
+      if (this.#filled < this.#wanted.length) return undefined
+      this.#advance(this.#handshake.next(this.#wanted))
+    }
+    return { value: this.#result.value, leftover: chunk.subarray(at) }
+  }
+
+  #advance(first: IteratorResult<HandshakeStep, Result>): void {
+    let step = first
+    while (step.done !== true && 'send' in step.value) {
+      this.#send(step.value.send)
+      step = this.#handshake.next(Buffer.alloc(0))
+    }
+    if (step.done === true) {
+      this.#result = { value: step.value }
+    } else if ('need' in step.value) {
+      this.#wanted = Buffer.allocUnsafe(step.value.need)
+      this.#filled = 0
+    }
   }
 }

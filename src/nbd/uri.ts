@@ -40,12 +40,13 @@ const TLS_PARAMETERS: ReadonlySet<string> = new Set([
   'tls-psk-file',
 ])
 
-const SCHEMES: ReadonlyMap<string, { readonly transport: NbdAddress['transport']; readonly tls: boolean }> = new Map([
-  ['nbd', { transport: 'tcp', tls: false }],
-  ['nbds', { transport: 'tcp', tls: true }],
-  ['nbd+unix', { transport: 'unix', tls: false }],
-  ['nbds+unix', { transport: 'unix', tls: true }],
-])
+const SCHEMES: ReadonlyMap<string, { readonly transport: NbdAddress['transport']; readonly tls: boolean }> =
+  new Map([
+    ['nbd', { transport: 'tcp', tls: false }],
+    ['nbds', { transport: 'tcp', tls: true }],
+    ['nbd+unix', { transport: 'unix', tls: false }],
+    ['nbds+unix', { transport: 'unix', tls: true }],
+  ])
 
 /**
  * @param text the URI
@@ -68,7 +69,8 @@ export function parseNbdUri(text: string): NbdUri {
   if (parts === null) return refuse('write nbd://HOST:PORT/EXPORT or nbd+unix:///EXPORT?socket=PATH')
   const [, schemeName = '', authority = '', path = '', query, fragment] = parts
   const scheme = SCHEMES.get(schemeName.toLowerCase())
-  if (scheme === undefined) return refuse(`the scheme "${schemeName}" is not nbd, nbds, nbd+unix or nbds+unix`)
+  if (scheme === undefined)
+    return refuse(`the scheme "${schemeName}" is not nbd, nbds, nbd+unix or nbds+unix`)
   if (fragment !== undefined) refuse('it has a fragment; write # as %23')
   if (path !== '' && !path.startsWith('/')) refuse('two slashes are missing after the scheme')
 
@@ -82,14 +84,16 @@ export function parseNbdUri(text: string): NbdUri {
     const equals = item.indexOf('=')
     const name = decode(equals < 0 ? item : item.slice(0, equals))
     const value = equals < 0 ? '' : decode(item.slice(equals + 1))
-    if (parameters.has(name) || (name === 'socket' && socket !== undefined)) refuse(`"${name}" is given twice`)
+    if (parameters.has(name) || (name === 'socket' && socket !== undefined))
+      refuse(`"${name}" is given twice`)
     if (name === 'socket') socket = value
     else if (TLS_PARAMETERS.has(name) || name.startsWith('x-')) parameters.set(name, value)
     else refuse(`the parameter "${name}" is unknown`)
   }
 
   if (scheme.transport === 'unix') {
-    if (authority !== '') refuse(`a unix socket has no host; write ${schemeName}:///${exportName}?socket=PATH`)
+    if (authority !== '')
+      refuse(`a unix socket has no host; write ${schemeName}:///${exportName}?socket=PATH`)
     if (socket === undefined || socket === '') return refuse('the parameter socket=PATH is missing')
     if (socket.slice(1).includes('\0')) refuse('the socket path contains NUL')
     return { address: { transport: 'unix', path: socket }, tls: scheme.tls, exportName, parameters }

@@ -143,6 +143,7 @@ export async function createPool(directory: string, options: PoolCreateOptions =
     mkdirSync(files.metadata, { mode: 0o700 })
     const store = await MetadataStore.create(files.metadata, record)
     await store.close()
+    await made.keep()
     return poolInfo(at, record, made.geometry, made.members.map((m) => ({ ...m, state: 'online' as const })), undefined)
   } catch (error) {
     await undoMembers?.()

@@ -15,6 +15,7 @@ writer=''
 
 written_since() { (($(device_writes) - $1 >= $2)); }
 writer_runs() { kill -0 "$writer" && (($(device_writes) - $1 < file_size / 4096)); }
+writer_ended() { ! kill -0 "$writer"; }
 writer_ended_well() {
   cat "$work/fio.log"
   ((writer_status == 0))
@@ -22,45 +23,54 @@ writer_ended_well() {
 file_is_whole() { fio_again first "$file_size"; }
 
 scenario() { # CONNECTIONS
-  local count=$1 volume=killed-$1 label="$datapath, $1 connection(s), daemon killed" before
-  tap_check "$label: volume created" fullstripe volume create "$volume" --size "$size" || return
-  tap_check "$label: attached" attach_volume "$volume" "$count" "$size" || return
-  tap_check "$label: mkfs" make_fs ext4 || return
-  tap_check "$label: mounted" mount_fs || return
+  local volume=killed-$1 before
+  tap_section "$datapath, daemon killed, $1 connection(s)"
+  tap_check 'volume created' fullstripe volume create "$volume" --size "$size"
+  tap_check 'attached' attach_volume "$volume" "$1" "$size"
+  tap_check 'mkfs' make_fs ext4
+  tap_check 'mounted' mount_fs
+  tap_going || return 0
   before=$(device_writes)
   fio_verify first "$file_size" >"$work/fio.log" 2>&1 </dev/null &
   writer=$!
-  tap_check "$label: fio writes" wait_until 60 written_since "$before" "$writes_before_kill" || return
+  tap_check 'fio writes' wait_until 60 written_since "$before" "$writes_before_kill"
   kill_daemon
-  tap_check "$label: fio was in the middle of it" writer_runs "$before" || return
+  tap_check 'fio was in the middle of it' writer_runs "$before"
   start_daemon "$datapath"
-  tap_check "$label: the new daemon answers" daemon_answers || return
+  tap_check 'the new daemon answers' daemon_answers
+  tap_check 'fio ended' wait_until 180 writer_ended
+  tap_going || let_go # which ends what fio waits for
   writer_status=0
   wait "$writer" || writer_status=$?
-  tap_check "$label: fio went on and verified every block" writer_ended_well || return
-  tap_check "$label: still attached" attached || return
-  tap_check "$label: unmounted" unmount_fs || return
-  tap_check "$label: fsck is clean" check_fs ext4 || return
-  tap_check "$label: mounted again" mount_fs || return
-  tap_check "$label: fio finds every block again" file_is_whole || return
-  tap_check "$label: unmounted again" unmount_fs || return
-  tap_check "$label: detached" detach_volume "$volume"
+  tap_check 'fio went on and verified every block' writer_ended_well
+  tap_check 'still attached' attached
+  tap_check 'unmounted' unmount_fs
+  tap_check 'fsck is clean' check_fs ext4
+  tap_check 'mounted again' mount_fs
+  tap_check 'fio finds every block again' file_is_whole
+  tap_check 'unmounted again' unmount_fs
+  tap_check 'detached' detach_volume "$volume"
 }
 
 run() {
   local count
-  tap_check "$datapath: pool created" node dist/cli/main.js pool create "$pool" || return
+  tap_section "$datapath, daemon killed"
+  tap_check 'pool created' node dist/cli/main.js pool create "$pool"
+  tap_going || return 0
   start_daemon "$datapath"
-  tap_check "$datapath: the daemon answers" daemon_answers || return
+  tap_check 'the daemon answers' daemon_answers
   for count in "${connections[@]}"; do
-    scenario "$count" || return
+    tap_going || return 0
+    scenario "$count"
   done
+  tap_going || return 0
+  tap_section "$datapath, daemon killed, in the end"
   stop_daemon
-  tap_check "$datapath: SIGTERM ended the daemon with 0" daemon_stopped_well || return
-  tap_check "$datapath: check finds the pool clean" node dist/cli/main.js check "$pool"
+  tap_check 'SIGTERM ended the daemon with 0' daemon_stopped_well
+  tap_check 'check finds the pool clean' node dist/cli/main.js check "$pool"
 }
 
 need_everything
 make_scratch
-run || true
+run
 tap_end

@@ -43,52 +43,58 @@ keep_files() {
 files_are_kept() { (cd "$mounted/kept" && sha256sum --quiet -c "$work/kept.sums"); }
 
 scenario() { # FILE-SYSTEM CONNECTIONS
-  local fs=$1 connections=$2 volume=$1-$2
-  local label="$datapath, $fs, $connections connection(s)"
-  tap_check "$label: volume created" fullstripe volume create "$volume" --size "$size" || return
-  tap_check "$label: attached" attach_volume "$volume" "$connections" "$size" || return
-  tap_check "$label: mkfs" make_fs "$fs" || return
-  tap_check "$label: mounted" mount_fs || return
-  tap_check "$label: random writes, verified" fio_verify first "$file_size" || return
-  tap_check "$label: fstrim gives stripes and space back" trim_gives_back "$volume" || return
-  tap_check "$label: files copied" keep_files || return
-  tap_check "$label: unmounted" unmount_fs || return
-  tap_check "$label: fsck is clean" check_fs "$fs" || return
-  tap_check "$label: mounted again" mount_fs || return
-  tap_check "$label: files are the same" files_are_kept || return
-  tap_check "$label: unmounted again" unmount_fs || return
-  tap_check "$label: detached" detach_volume "$volume"
+  local fs=$1 volume=$1-$2
+  tap_section "$datapath, $fs, $2 connection(s)"
+  tap_check 'volume created' fullstripe volume create "$volume" --size "$size"
+  tap_check 'attached' attach_volume "$volume" "$2" "$size"
+  tap_check 'mkfs' make_fs "$fs"
+  tap_check 'mounted' mount_fs
+  tap_check 'random writes, verified' fio_verify first "$file_size"
+  tap_check 'fstrim gives stripes and space back' trim_gives_back "$volume"
+  tap_check 'files copied' keep_files
+  tap_check 'unmounted' unmount_fs
+  tap_check 'fsck is clean' check_fs "$fs"
+  tap_check 'mounted again' mount_fs
+  tap_check 'files are the same' files_are_kept
+  tap_check 'unmounted again' unmount_fs
+  tap_check 'detached' detach_volume "$volume"
+  tap_going || let_go
 }
 
 # The last volume of the run, through a daemon that was stopped in between.
 after_restart() { # FILE-SYSTEM CONNECTIONS
-  local fs=$1 connections=$2 volume=$1-$2 label="$datapath, after a restart"
+  local fs=$1 volume=$1-$2
+  tap_section "$datapath, after a restart"
   stop_daemon
-  tap_check "$label: SIGTERM ended the daemon with 0" daemon_stopped_well || return
-  tap_check "$label: check finds the pool clean" node dist/cli/main.js check "$pool" || return
+  tap_check 'SIGTERM ended the daemon with 0' daemon_stopped_well
+  tap_check 'check finds the pool clean' node dist/cli/main.js check "$pool"
   start_daemon "$datapath"
-  tap_check "$label: the daemon answers" daemon_answers || return
-  tap_check "$label: attached" attach_volume "$volume" "$connections" "$size" || return
-  tap_check "$label: fsck is clean" check_fs "$fs" || return
-  tap_check "$label: mounted" mount_fs || return
-  tap_check "$label: files are the same" files_are_kept || return
-  tap_check "$label: unmounted" unmount_fs || return
-  tap_check "$label: detached" detach_volume "$volume"
+  tap_check 'the daemon answers' daemon_answers
+  tap_check 'attached' attach_volume "$volume" "$2" "$size"
+  tap_check 'fsck is clean' check_fs "$fs"
+  tap_check 'mounted' mount_fs
+  tap_check 'files are the same' files_are_kept
+  tap_check 'unmounted' unmount_fs
+  tap_check 'detached' detach_volume "$volume"
 }
 
 run() {
-  tap_check "$datapath: pool created" node dist/cli/main.js pool create "$pool" || return
+  tap_section "$datapath"
+  tap_check 'pool created' node dist/cli/main.js pool create "$pool"
+  tap_going || return 0
   start_daemon "$datapath"
-  tap_check "$datapath: the daemon answers" daemon_answers || return
-  tap_check "$datapath: that datapath runs" datapath_is "$datapath" || return
-  scenario ext4 1 || return
-  scenario xfs 1 || return
-  scenario xfs 4 || return
-  scenario ext4 4 || return
+  tap_check 'the daemon answers' daemon_answers
+  tap_check 'that datapath runs' datapath_is "$datapath"
+  tap_going || return 0
+  scenario ext4 1
+  scenario xfs 1
+  scenario xfs 4
+  scenario ext4 4
+  tap_going || return 0
   after_restart ext4 4
 }
 
 need_everything
 make_scratch
-run || true
+run
 tap_end

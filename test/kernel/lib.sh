@@ -125,6 +125,13 @@ detach_volume() { # VOLUME
 }
 no_sessions() { [[ $(fullstripe volume show "$1" --json | jq .sessions) == 0 ]]; }
 
+# After a failed scenario: the device is free for the next one.
+let_go() {
+  if mountpoint -q "$mounted"; then umount -l "$mounted"; fi
+  if attached; then nbd-client -d "$device" >/dev/null 2>&1; fi
+  wait_until 20 detached || bail "$device cannot be freed"
+}
+
 # ---- file systems -------------------------------------------------------------------------------------
 make_fs() { # ext4|xfs
   case $1 in

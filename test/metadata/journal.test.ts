@@ -22,7 +22,9 @@ class MemoryFile implements JournalFile {
   content: Buffer
   synced: Buffer
   failing = false
-  constructor(readonly size: number) {
+  readonly size: number
+  constructor(size: number) {
+    this.size = size
     this.content = Buffer.alloc(size)
     this.synced = Buffer.alloc(size)
   }
