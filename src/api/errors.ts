@@ -38,7 +38,9 @@ export function answerError(error: unknown, request: FastifyRequest, reply: Fast
     setImmediate(() => {
       throw error
     })
-    reply.code(500).send(errorBody('INTERNAL', 'the daemon found a bug in itself and stops; its log says more'))
+    reply
+      .code(500)
+      .send(errorBody('INTERNAL', 'the daemon found a bug in itself and stops; its log says more'))
   } else if (error instanceof UserError) {
     reply.code(USER_STATUS[error.code]).send(errorBody(error.code, error.message))
   } else if (error instanceof StoreError) {
@@ -56,7 +58,12 @@ export function answerError(error: unknown, request: FastifyRequest, reply: Fast
 }
 
 function httpStatus(error: unknown): number {
-  if (typeof error === 'object' && error !== null && 'statusCode' in error && typeof error.statusCode === 'number') {
+  if (
+    typeof error === 'object' &&
+    error !== null &&
+    'statusCode' in error &&
+    typeof error.statusCode === 'number'
+  ) {
     return error.statusCode
   }
   return 500

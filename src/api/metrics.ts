@@ -1,14 +1,18 @@
 /** GET /metrics: the Prometheus text format, version 0.0.4. */
 import type { FastifyInstance } from 'fastify'
 import type { Daemon } from '../daemon/daemon.ts'
-import type { StatusInfo } from './types.ts'
 import { statusOf } from './pool.ts'
+import type { StatusInfo } from './types.ts'
 
 export function metricsRoutes(app: FastifyInstance, daemon: Daemon): void {
-  app.get('/metrics', { schema: { summary: 'Metrics in the Prometheus text format' } }, async (_request, reply) => {
-    reply.type('text/plain; version=0.0.4; charset=utf-8')
-    return metricsText(statusOf(daemon), process.cpuUsage())
-  })
+  app.get(
+    '/metrics',
+    { schema: { summary: 'Metrics in the Prometheus text format' } },
+    async (_request, reply) => {
+      reply.type('text/plain; version=0.0.4; charset=utf-8')
+      return metricsText(statusOf(daemon), process.cpuUsage())
+    },
+  )
 }
 
 interface Sample {
@@ -26,7 +30,10 @@ export function metricsText(status: StatusInfo, cpu: NodeJS.CpuUsage): string {
   const one = (value: number) => [{ value }]
 
   metric('fullstripe_info', 'gauge', 'Version and datapath of the daemon.', [
-    { labels: { version: status.version, datapath: status.datapath.kind, engine: status.datapath.engine }, value: 1 },
+    {
+      labels: { version: status.version, datapath: status.datapath.kind, engine: status.datapath.engine },
+      value: 1,
+    },
   ])
   metric('fullstripe_sessions', 'gauge', 'Connections of clients.', one(status.sessions))
   metric('fullstripe_pool_capacity_bytes', 'gauge', 'What the pool can hold.', one(pool.capacity))
@@ -38,7 +45,10 @@ export function metricsText(status: StatusInfo, cpu: NodeJS.CpuUsage): string {
   }
 
   const eachMember = (value: (index: number) => number) =>
-    members.map((_, index) => ({ labels: { member: index, path: pool.members[index]?.path ?? '' }, value: value(index) }))
+    members.map((_, index) => ({
+      labels: { member: index, path: pool.members[index]?.path ?? '' },
+      value: value(index),
+    }))
   metric(
     'fullstripe_member_online',
     'gauge',
@@ -46,26 +56,56 @@ export function metricsText(status: StatusInfo, cpu: NodeJS.CpuUsage): string {
     eachMember((index) => (pool.members[index]?.state === 'online' ? 1 : 0)),
   )
   for (const [field, name, help] of MEMBER_COUNTERS) {
-    metric(`fullstripe_member_${name}_total`, 'counter', help, eachMember((index) => members[index]?.[field] ?? 0))
+    metric(
+      `fullstripe_member_${name}_total`,
+      'counter',
+      help,
+      eachMember((index) => members[index]?.[field] ?? 0),
+    )
   }
 
   const eachVolume = (value: (volume: StatusInfo['volumes'][number]) => number) =>
     volumes.map((volume) => ({ labels: { volume: volume.name }, value: value(volume) }))
-  metric('fullstripe_volume_size_bytes', 'gauge', 'Size of a volume.', eachVolume((volume) => volume.size))
-  metric('fullstripe_volume_used_bytes', 'gauge', 'Space a volume takes.', eachVolume((volume) => volume.used))
+  metric(
+    'fullstripe_volume_size_bytes',
+    'gauge',
+    'Size of a volume.',
+    eachVolume((volume) => volume.size),
+  )
+  metric(
+    'fullstripe_volume_used_bytes',
+    'gauge',
+    'Space a volume takes.',
+    eachVolume((volume) => volume.used),
+  )
   metric(
     'fullstripe_volume_formatted_ratio',
     'gauge',
     'Share of the stripes that hold data.',
     eachVolume((volume) => (volume.stripes === 0 ? 0 : volume.stripesFormatted / volume.stripes)),
   )
-  metric('fullstripe_volume_sessions', 'gauge', 'Connections to a volume.', eachVolume((volume) => volume.sessions))
+  metric(
+    'fullstripe_volume_sessions',
+    'gauge',
+    'Connections to a volume.',
+    eachVolume((volume) => volume.sessions),
+  )
   for (const [field, name, help] of VOLUME_COUNTERS) {
-    metric(`fullstripe_volume_${name}_total`, 'counter', help, eachVolume((volume) => volume.counters[field]))
+    metric(
+      `fullstripe_volume_${name}_total`,
+      'counter',
+      help,
+      eachVolume((volume) => volume.counters[field]),
+    )
   }
 
   metric('process_resident_memory_bytes', 'gauge', 'Resident memory.', one(status.memory))
-  metric('process_cpu_seconds_total', 'counter', 'CPU time, user and system.', one((cpu.user + cpu.system) / 1e6))
+  metric(
+    'process_cpu_seconds_total',
+    'counter',
+    'CPU time, user and system.',
+    one((cpu.user + cpu.system) / 1e6),
+  )
   metric('process_start_time_seconds', 'gauge', 'Start time.', one(Date.parse(status.started) / 1000))
   return `${lines.join('\n')}\n`
 }

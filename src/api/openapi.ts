@@ -69,7 +69,10 @@ function responsesOf(response: unknown): Json {
   return Object.fromEntries(
     Object.entries(response).map(([status, schema]) => {
       const content = isContent(schema) ? schema.content : jsonOf(schema)
-      return [status, { description: isObjectSchema(schema) ? (schema.description ?? 'Done') : 'Done', content }]
+      return [
+        status,
+        { description: isObjectSchema(schema) ? (schema.description ?? 'Done') : 'Done', content },
+      ]
     }),
   )
 }

@@ -20,15 +20,27 @@ export interface Schema {
   readonly format?: string
 }
 
-const bytes = (description: string): Schema => ({ type: 'integer', minimum: 0, description: `${description}, in bytes` })
+const bytes = (description: string): Schema => ({
+  type: 'integer',
+  minimum: 0,
+  description: `${description}, in bytes`,
+})
 const count = (description: string): Schema => ({ type: 'integer', minimum: 0, description })
 const text = (description: string): Schema => ({ type: 'string', description })
 const flag = (description: string): Schema => ({ type: 'boolean', description })
 const list = (items: Schema, description: string): Schema => ({ type: 'array', items, description })
-const choice = (values: readonly string[], description: string): Schema => ({ type: 'string', enum: values, description })
+const choice = (values: readonly string[], description: string): Schema => ({
+  type: 'string',
+  enum: values,
+  description,
+})
 
 /** Every property is required unless it is named in `optional`; nothing else is accepted. */
-function object(description: string, properties: Record<string, Schema>, optional: readonly string[] = []): Schema {
+function object(
+  description: string,
+  properties: Record<string, Schema>,
+  optional: readonly string[] = [],
+): Schema {
   const required = Object.keys(properties).filter((name) => !optional.includes(name))
   return { type: 'object', description, properties, required, additionalProperties: false }
 }
@@ -44,7 +56,10 @@ const formatter = object(
   'The background formatter of a thick volume',
   {
     state: choice(['idle', 'running', 'paused', 'done', 'failed'], 'what it is doing'),
-    rate: { type: ['integer', 'null'], description: 'the limit set, in bytes per second; null without a limit' },
+    rate: {
+      type: ['integer', 'null'],
+      description: 'the limit set, in bytes per second; null without a limit',
+    },
     done: count('format units formatted'),
     total: count('format units of the volume'),
     speed: { type: 'number', minimum: 0, description: 'bytes per second now' },
@@ -209,11 +224,15 @@ export const resizeBody = object(
 )
 export const formatBody = object(
   'How to format',
-  { rate: { type: ['integer', 'null'], minimum: 1, description: 'limit in bytes per second; null: no limit' } },
+  {
+    rate: { type: ['integer', 'null'], minimum: 1, description: 'limit in bytes per second; null: no limit' },
+  },
   ['rate'],
 )
 
-export const nameParams = object('Path', { name: { type: 'string', minLength: 1, description: 'volume, URL-encoded' } })
+export const nameParams = object('Path', {
+  name: { type: 'string', minLength: 1, description: 'volume, URL-encoded' },
+})
 export const deleteQuery = object('Query', { force: flag('also while clients are connected') }, ['force'])
 export const mapQuery = object(
   'Query',
@@ -232,14 +251,28 @@ export const mapQuery = object(
 )
 export const densityQuery = object(
   'Query',
-  { cells: { type: 'integer', minimum: 1, maximum: LIMITS.densityCellsMax, default: 64, description: 'parts' } },
+  {
+    cells: {
+      type: 'integer',
+      minimum: 1,
+      maximum: LIMITS.densityCellsMax,
+      default: 64,
+      description: 'parts',
+    },
+  },
   ['cells'],
 )
 export const eventsQuery = object(
   'Query',
   {
     since: { type: 'integer', minimum: 1, default: 1, description: 'number of the first event wanted' },
-    limit: { type: 'integer', minimum: 1, maximum: LIMITS.eventsKept, default: LIMITS.eventsKept, description: 'at most' },
+    limit: {
+      type: 'integer',
+      minimum: 1,
+      maximum: LIMITS.eventsKept,
+      default: LIMITS.eventsKept,
+      description: 'at most',
+    },
     follow: flag('stay connected: one JSON object a line (NDJSON), as events happen'),
   },
   ['since', 'limit', 'follow'],

@@ -37,7 +37,9 @@ export function createApi(daemon: Daemon): FastifyInstance {
   app.setNotFoundHandler((request, reply) => {
     reply
       .code(404)
-      .send(errorBody('NOT_FOUND', `no route ${request.method} ${request.url}; GET /v1/openapi.json lists them`))
+      .send(
+        errorBody('NOT_FOUND', `no route ${request.method} ${request.url}; GET /v1/openapi.json lists them`),
+      )
   })
   app.addHook('preValidation', async (request) => convertQuery(request))
   describeRoutes(app)
@@ -76,7 +78,9 @@ async function bind(server: Server, path: string): Promise<void> {
       }
     })
   } catch (error) {
-    throw new UserError('FAILED', `cannot listen on ${path}: ${systemCode(error) ?? messageOf(error)}`, { cause: error })
+    throw new UserError('FAILED', `cannot listen on ${path}: ${systemCode(error) ?? messageOf(error)}`, {
+      cause: error,
+    })
   } finally {
     address.release()
   }
@@ -99,7 +103,8 @@ function convertQuery(request: FastifyRequest): void {
   const converted: Record<string, unknown> = {}
   for (const [name, value] of Object.entries(request.query)) {
     const type = schema.properties?.[name]?.type
-    if (type === 'integer' && typeof value === 'string' && /^-?\d{1,16}$/.test(value)) converted[name] = Number(value)
+    if (type === 'integer' && typeof value === 'string' && /^-?\d{1,16}$/.test(value))
+      converted[name] = Number(value)
     else if (type === 'boolean' && (value === 'true' || value === 'false')) converted[name] = value === 'true'
     else converted[name] = value
   }

@@ -4,7 +4,14 @@ import { UserError } from '../base/errors.ts'
 import type { Daemon } from '../daemon/daemon.ts'
 import type { Volume, VolumeInfo } from '../volume/volume.ts'
 import * as schemas from './schemas.ts'
-import type { DensityInfo, FormatBody, MapPage, ResizeBody, VolumeCreateBody, VolumeRenameBody } from './types.ts'
+import type {
+  DensityInfo,
+  FormatBody,
+  MapPage,
+  ResizeBody,
+  VolumeCreateBody,
+  VolumeRenameBody,
+} from './types.ts'
 
 interface NameParams {
   name: string
@@ -150,7 +157,10 @@ export function volumeRoutes(app: FastifyInstance, daemon: Daemon): void {
 /** At most `limit` extents from `offset` on. A page ends where an extent ends, so pages join without a seam. */
 export function mapPage(volume: Volume, offset: number, length: number | undefined, limit: number): MapPage {
   if (offset > volume.size) {
-    throw new UserError('USAGE', `offset ${offset} is past the end of volume ${volume.name} (${volume.size} bytes)`)
+    throw new UserError(
+      'USAGE',
+      `offset ${offset} is past the end of volume ${volume.name} (${volume.size} bytes)`,
+    )
   }
   const end = Math.min(volume.size, offset + (length ?? volume.size))
   const extents = []

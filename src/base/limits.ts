@@ -60,6 +60,8 @@ export const LIMITS = {
   densityCellsMax: 64 * KiB,
   /** Events kept in memory; a reader that falls further behind is told how many it missed. */
   eventsKept: 1000,
+  /** Members are looked after this often, whether or not somebody uses them. */
+  memberProbeMs: 5_000,
   datapathThreadsMax: 64,
   nbdClientConnectionsMax: 32,
 } as const

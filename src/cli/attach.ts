@@ -10,8 +10,9 @@ import type { StatusInfo } from '../api/types.ts'
 import { messageOf, systemCode, UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
 import { approximateSize } from '../base/sizes.ts'
-import { type NbdAddress, parseNbdUri } from '../nbd/uri.ts'
+import type { NbdAddress } from '../nbd/uri.ts'
 import type { VolumeInfo } from '../volume/volume.ts'
+import { localAddress } from './addresses.ts'
 import { type Cli, clientOf, parseCount, pause, type Root } from './cli.ts'
 import { deviceName, type NbdDevice, NbdDevices } from './nbd-devices.ts'
 import { plural } from './text.ts'
@@ -53,13 +54,20 @@ export function attachCommands(root: Root, cli: Cli): void {
       const status = await client.get<StatusInfo>('/v1/status')
       const volume = status.volumes.find((candidate) => candidate.name === argv.name)
       if (volume === undefined) {
-        throw new UserError('NOT_FOUND', `there is no volume ${argv.name}; fullstripe volume list shows those there are`)
+        throw new UserError(
+          'NOT_FOUND',
+          `there is no volume ${argv.name}; fullstripe volume list shows those there are`,
+        )
       }
       requireRoot('attach')
       requireDriver(devices)
       refuseTwice(devices, volume)
       const wanted = argv.device === undefined ? undefined : freeDevice(devices, argv.device)
-      const device = await connect(devices, wanted, volume, { connections, timeout, address: addressOf(status) })
+      const device = await connect(devices, wanted, volume, {
+        connections,
+        timeout,
+        address: localAddress(status.listen),
+      })
       devices.writeNote(device, {
         volume: volume.name,
         uuid: volume.uuid,
@@ -67,12 +75,18 @@ export function attachCommands(root: Root, cli: Cli): void {
         pid: device.pid ?? 0,
         connections,
       })
-      cli.output.result({ device: device.path, volume: volume.name, size: device.size, connections }, () => [device.path])
+      cli.output.result({ device: device.path, volume: volume.name, size: device.size, connections }, () => [
+        device.path,
+      ])
       if (cli.output.terminal) {
-        cli.output.note(`volume ${volume.name}, ${approximateSize(device.size)}, ${plural(connections, 'connection')}`)
+        cli.output.note(
+          `volume ${volume.name}, ${approximateSize(device.size)}, ${plural(connections, 'connection')}`,
+        )
       }
       if (!existsSync(device.path)) {
-        cli.output.note(`${device.path} has no node here: in a container, run it with --privileged and -v /dev:/dev`)
+        cli.output.note(
+          `${device.path} has no node here: in a container, run it with --privileged and -v /dev:/dev`,
+        )
       }
     },
   )
@@ -107,7 +121,8 @@ interface Connection {
 }
 
 function requireRoot(command: string): void {
-  if (process.geteuid?.() !== 0) throw new UserError('FAILED', `${command} changes devices of the kernel: run it as root`)
+  if (process.geteuid?.() !== 0)
+    throw new UserError('FAILED', `${command} changes devices of the kernel: run it as root`)
 }
 
 function requireDriver(devices: NbdDevices): void {
@@ -129,7 +144,8 @@ function refuseTwice(devices: NbdDevices, volume: VolumeInfo): void {
 
 function freeDevice(devices: NbdDevices, text: string): NbdDevice {
   const name = deviceName(text)
-  if (name === undefined) throw new UserError('USAGE', `${text} is not an nbd device: name one such as /dev/nbd0, or none`)
+  if (name === undefined)
+    throw new UserError('USAGE', `${text} is not an nbd device: name one such as /dev/nbd0, or none`)
   const device = devices.find(name)
   if (device === undefined) {
     throw new UserError('NOT_FOUND', `there is no device ${name}: modprobe nbd nbds_max=N makes more of them`)
@@ -142,15 +158,6 @@ function isFree(device: NbdDevice): boolean {
   return device.pid === undefined && device.size === 0
 }
 
-/** The unix socket where there is one: it is faster, and it is there only for this machine. */
-function addressOf(status: StatusInfo): NbdAddress {
-  const plain = status.listen.map(parseNbdUri).filter((uri) => !uri.tls)
-  const unix = plain.find((uri) => uri.address.transport === 'unix' && !uri.address.path.startsWith('\0'))
-  const address = (unix ?? plain.find((uri) => uri.address.transport === 'tcp'))?.address
-  if (address === undefined) throw new UserError('FAILED', 'the daemon listens on no address that nbd-client can use')
-  return address
-}
-
 /** Connects the wanted device, or the first free one; another command may be faster, then the next free one. */
 async function connect(
   devices: NbdDevices,
@@ -160,7 +167,10 @@ async function connect(
 ): Promise<NbdDevice> {
   const candidates = wanted === undefined ? devices.list().filter(isFree) : [wanted]
   if (candidates.length === 0) {
-    throw new UserError('BUSY', 'all nbd devices are in use: detach one, or load the driver with more (modprobe nbd nbds_max=N)')
+    throw new UserError(
+      'BUSY',
+      'all nbd devices are in use: detach one, or load the driver with more (modprobe nbd nbds_max=N)',
+    )
   }
   for (const [index, device] of candidates.entries()) {
     try {
@@ -181,7 +191,7 @@ async function connect(
 function clientArguments(device: NbdDevice, volume: VolumeInfo, options: Connection): string[] {
   const { address, connections, timeout } = options
   const where =
-    address.transport === 'unix' ? ['-unix', resolve(address.path)] : [loopback(address.host), String(address.port)]
+    address.transport === 'unix' ? ['-unix', resolve(address.path)] : [address.host, String(address.port)]
   return [
     ...where,
     device.path,
@@ -195,16 +205,14 @@ function clientArguments(device: NbdDevice, volume: VolumeInfo, options: Connect
   ]
 }
 
-/** A daemon that listens on every address of the machine is reached here. */
-function loopback(host: string): string {
-  return host === '0.0.0.0' ? '127.0.0.1' : host === '::' ? '::1' : host
-}
-
 /** Runs nbd-client. @throws UserError FAILED with its last line, which says why */
 function nbdClient(args: readonly string[]): Promise<void> {
   return new Promise((resolve, reject) => {
     const path = `${process.env['PATH'] ?? ''}:/usr/sbin:/sbin`
-    const child = spawn('nbd-client', args, { stdio: ['ignore', 'pipe', 'pipe'], env: { ...process.env, PATH: path } })
+    const child = spawn('nbd-client', args, {
+      stdio: ['ignore', 'pipe', 'pipe'],
+      env: { ...process.env, PATH: path },
+    })
     let text = ''
     const collect = (chunk: Buffer) => {
       text = (text + chunk.toString('utf8')).slice(-4096)
@@ -213,12 +221,19 @@ function nbdClient(args: readonly string[]): Promise<void> {
     child.stderr.on('data', collect)
     child.once('error', (error) => {
       const missing = systemCode(error) === 'ENOENT'
-      const why = missing ? 'nbd-client is not installed: install the package nbd-client' : `nbd-client: ${messageOf(error)}`
+      const why = missing
+        ? 'nbd-client is not installed: install the package nbd-client'
+        : `nbd-client: ${messageOf(error)}`
       reject(new UserError('FAILED', why, { cause: error }))
     })
     child.once('close', (code) => {
       if (code === 0) return resolve()
-      const last = text.trim().split('\n').at(-1)?.replace(/^Error: /, '') ?? ''
+      const last =
+        text
+          .trim()
+          .split('\n')
+          .at(-1)
+          ?.replace(/^Error: /, '') ?? ''
       reject(new UserError('FAILED', `nbd-client failed: ${last === '' ? `exit code ${code}` : last}`))
     })
   })
@@ -242,7 +257,10 @@ function attachedDevice(devices: NbdDevices, text: string, pool: string | undefi
   if (device === undefined) throw new UserError('NOT_FOUND', `there is no device ${name}`)
   if (device.pid === undefined) throw new UserError('NOT_FOUND', `${device.path} is not attached`)
   if (devices.note(device) === undefined) {
-    throw new UserError('REFUSED', `${device.path} was not attached by fullstripe; to disconnect it: nbd-client -d ${device.path}`)
+    throw new UserError(
+      'REFUSED',
+      `${device.path} was not attached by fullstripe; to disconnect it: nbd-client -d ${device.path}`,
+    )
   }
   return device
 }
@@ -265,7 +283,11 @@ function flushDevice(device: NbdDevice): void {
 async function until(condition: () => boolean, otherwise: string): Promise<void> {
   const deadline = Date.now() + APPEAR_MS_MAX
   while (!condition()) {
-    if (Date.now() > deadline) throw new UserError('FAILED', `${otherwise} after ${APPEAR_MS_MAX / 1000} s: see the kernel log (dmesg)`)
+    if (Date.now() > deadline)
+      throw new UserError(
+        'FAILED',
+        `${otherwise} after ${APPEAR_MS_MAX / 1000} s: see the kernel log (dmesg)`,
+      )
     await pause(20)
   }
 }

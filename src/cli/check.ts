@@ -33,5 +33,8 @@ function reportLines(report: CheckReport): string[] {
   const findings = report.findings.map(({ severity, object, message, repaired }) => {
     return `${severity}: ${object}: ${message}${repaired ? ' (repaired)' : ''}`
   })
-  return [...findings, `${report.status}: ${plural(report.volumes, 'volume')}, ${plural(report.slotsUsed, 'slot')} in use`]
+  return [
+    ...findings,
+    `${report.status}: ${plural(report.volumes, 'volume')}, ${plural(report.slotsUsed, 'slot')} in use`,
+  ]
 }

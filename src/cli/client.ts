@@ -100,8 +100,19 @@ export class Client {
       if (!existsSync(this.pool)) return fail(undefined)
       const address = socketAddress(this.#socket)
       const payload = body === undefined ? undefined : JSON.stringify(body)
-      const headers = payload === undefined ? {} : { 'content-type': 'application/json', 'content-length': Buffer.byteLength(payload) }
-      const outgoing = request({ socketPath: address.path, method, path, headers, timeout, agent: false, ...(signal === undefined ? {} : { signal }) })
+      const headers =
+        payload === undefined
+          ? {}
+          : { 'content-type': 'application/json', 'content-length': Buffer.byteLength(payload) }
+      const outgoing = request({
+        socketPath: address.path,
+        method,
+        path,
+        headers,
+        timeout,
+        agent: false,
+        ...(signal === undefined ? {} : { signal }),
+      })
       outgoing.once('socket', (socket) => {
         socket.once('connect', () => address.release())
         socket.once('error', () => address.release())
@@ -149,6 +160,7 @@ function apiError(status: number, text: string): ApiError {
 
 /** `/v1/volumes/NAME/...` */
 export function volumePath(name: string, tail = ''): string {
-  if (name === '' || name === '.' || name === '..') throw new UserError('USAGE', `"${name}" is not a volume name`)
+  if (name === '' || name === '.' || name === '..')
+    throw new UserError('USAGE', `"${name}" is not a volume name`)
   return `/v1/volumes/${encodeURIComponent(name)}${tail}`
 }

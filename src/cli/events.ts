@@ -12,7 +12,12 @@ export function eventsCommand(root: Root, cli: Cli): void {
     (command) =>
       command
         .option('follow', { alias: 'f', type: 'boolean', default: false, describe: 'Go on as things happen' })
-        .option('since', { type: 'string', requiresArg: true, default: '1', describe: 'Number of the first event' })
+        .option('since', {
+          type: 'string',
+          requiresArg: true,
+          default: '1',
+          describe: 'Number of the first event',
+        })
         .example('fullstripe events --follow', 'until interrupted')
         .example('fullstripe events --follow --json', 'one JSON object a line'),
     async (argv) => {

@@ -14,8 +14,16 @@ export function formatCommand(group: Root, cli: Cli): void {
     (command) =>
       command
         .positional('name', { type: 'string', demandOption: true, describe: 'The volume' })
-        .option('rate', { type: 'string', requiresArg: true, describe: 'At most so many bytes a second; 0: no limit' })
-        .option('pause', { type: 'boolean', default: false, describe: 'Stop for now; start it again to go on' })
+        .option('rate', {
+          type: 'string',
+          requiresArg: true,
+          describe: 'At most so many bytes a second; 0: no limit',
+        })
+        .option('pause', {
+          type: 'boolean',
+          default: false,
+          describe: 'Stop for now; start it again to go on',
+        })
         .option('wait', { type: 'boolean', default: false, describe: 'Show progress until it is done' })
         .conflicts('pause', ['rate', 'wait'])
         .example('fullstripe volume format log --rate 50M', 'in the background')
@@ -33,7 +41,10 @@ export function formatCommand(group: Root, cli: Cli): void {
       const info = argv.wait ? await waitForIt(client, started, cli) : started
       cli.output.result(info, () => [`volume ${info.name}: ${progressText(info)}`])
       if (info.formatter.state === 'failed') {
-        throw new UserError('FAILED', `formatting volume ${info.name} failed: ${info.formatter.message ?? 'see fullstripe events'}`)
+        throw new UserError(
+          'FAILED',
+          `formatting volume ${info.name} failed: ${info.formatter.message ?? 'see fullstripe events'}`,
+        )
       }
     },
   )

@@ -8,7 +8,7 @@ import type { MapExtent, VolumeInfo } from '../volume/volume.ts'
 import { type Cli, clientOf, type Root } from './cli.ts'
 import { type Client, volumePath } from './client.ts'
 import type { Output } from './output.ts'
-import { cellsOf, legend, picture, type PictureStyle } from './picture.ts'
+import { cellsOf, legend, type PictureStyle, picture } from './picture.ts'
 import { padStart, percent } from './text.ts'
 
 /** With a picture above them, only this many extents are listed unasked. */
@@ -23,21 +23,37 @@ export function mapCommand(group: Root, cli: Cli): void {
       command
         .positional('name', { type: 'string', demandOption: true, describe: 'The volume' })
         .option('offset', { type: 'string', requiresArg: true, default: '0', describe: 'Where to start' })
-        .option('length', { type: 'string', requiresArg: true, describe: 'How far', defaultDescription: 'to the end' })
+        .option('length', {
+          type: 'string',
+          requiresArg: true,
+          describe: 'How far',
+          defaultDescription: 'to the end',
+        })
         .option('draw', { type: 'boolean', describe: 'Draw a picture', defaultDescription: 'on a terminal' })
-        .option('extents', { type: 'boolean', default: false, describe: 'List all extents, also below a picture' })
+        .option('extents', {
+          type: 'boolean',
+          default: false,
+          describe: 'List all extents, also below a picture',
+        })
         .example('fullstripe volume map data', 'a picture, on a terminal')
         .example('fullstripe volume map data --json', 'all extents'),
     async (argv) => {
       const client = clientOf(argv)
       const offset = parseSize(argv.offset, '--offset')
-      const range: Range = argv.length === undefined ? { offset } : { offset, length: parseSize(argv.length, '--length') }
+      const range: Range =
+        argv.length === undefined ? { offset } : { offset, length: parseSize(argv.length, '--length') }
       const { output } = cli
       if (output.json) return printJson(client, argv.name, range, output)
       const whole = argv.offset === '0' && argv.length === undefined
       const drawn = argv.draw ?? (output.terminal && whole)
       if (drawn) await draw(client, argv.name, output)
-      await printExtents(client, argv.name, range, output, drawn && !argv.extents ? EXTENTS_BELOW_PICTURE : undefined)
+      await printExtents(
+        client,
+        argv.name,
+        range,
+        output,
+        drawn && !argv.extents ? EXTENTS_BELOW_PICTURE : undefined,
+      )
     },
   )
 }
@@ -51,7 +67,9 @@ async function* pagesOf(client: Client, name: string, range: Range, limit: numbe
   const end = range.length === undefined ? undefined : range.offset + range.length
   for (let offset: number | null = range.offset; offset !== null; ) {
     const length: string = end === undefined ? '' : `&length=${end - offset}`
-    const page: MapPage = await client.get<MapPage>(volumePath(name, `/map?offset=${offset}${length}&limit=${limit}`))
+    const page: MapPage = await client.get<MapPage>(
+      volumePath(name, `/map?offset=${offset}${length}&limit=${limit}`),
+    )
     yield page
     offset = page.next
   }
@@ -70,7 +88,13 @@ async function printJson(client: Client, name: string, range: Range, output: Out
 }
 
 /** All extents, or, with `most`, all or none: a remark says how to see the rest. */
-async function printExtents(client: Client, name: string, range: Range, output: Output, most?: number): Promise<void> {
+async function printExtents(
+  client: Client,
+  name: string,
+  range: Range,
+  output: Output,
+  most?: number,
+): Promise<void> {
   let header = false
   for await (const page of pagesOf(client, name, range, most === undefined ? 5000 : most + 1)) {
     if (most !== undefined && page.extents.length > most) {
@@ -104,7 +128,11 @@ async function draw(client: Client, name: string, output: Output): Promise<void>
   const info = await client.get<VolumeInfo>(volumePath(name))
   for (const line of picture(density.cells, style)) output.line(line)
   const share = percent(info.stripesFormatted, info.stripes)
-  output.line(`${legend(style)}   one cell = ${approximateSize(info.size / Math.max(1, density.cells.length))}`)
-  output.line(`${info.name}: ${share} of ${approximateSize(info.size)} formatted, ${approximateSize(info.used)} used`)
+  output.line(
+    `${legend(style)}   one cell = ${approximateSize(info.size / Math.max(1, density.cells.length))}`,
+  )
+  output.line(
+    `${info.name}: ${share} of ${approximateSize(info.size)} formatted, ${approximateSize(info.used)} used`,
+  )
   output.line()
 }

@@ -66,14 +66,21 @@ export class NbdDevices {
 
   /** What keeps a device from being detached, in words: a mount, swap, a device mapping. */
   use(device: NbdDevice): string | undefined {
-    const blocks = [device.name, ...listDirectory(join(this.#sys, 'block', device.name)).filter((name) => name.startsWith(`${device.name}p`))]
+    const blocks = [
+      device.name,
+      ...listDirectory(join(this.#sys, 'block', device.name)).filter((name) =>
+        name.startsWith(`${device.name}p`),
+      ),
+    ]
     const numbers = new Set(blocks.map((name) => readText(join(this.#sys, 'class/block', name, 'dev'))))
     for (const line of (readText(join(this.#proc, 'self/mountinfo')) ?? '').split('\n')) {
       const [, , number, , place] = line.split(' ')
-      if (number !== undefined && place !== undefined && numbers.has(number)) return `is mounted at ${unescapeMount(place)}`
+      if (number !== undefined && place !== undefined && numbers.has(number))
+        return `is mounted at ${unescapeMount(place)}`
     }
     for (const line of (readText(join(this.#proc, 'swaps')) ?? '').split('\n')) {
-      if (blocks.some((name) => line.startsWith(`/dev/${name} `) || line.startsWith(`/dev/${name}\t`))) return 'is used as swap'
+      if (blocks.some((name) => line.startsWith(`/dev/${name} `) || line.startsWith(`/dev/${name}\t`)))
+        return 'is used as swap'
     }
     for (const name of blocks) {
       const holder = listDirectory(join(this.#sys, 'class/block', name, 'holders'))[0]
@@ -86,7 +93,12 @@ export class NbdDevices {
     const directory = join(this.#sys, 'block', name)
     const pid = readText(join(directory, 'pid'))
     const sectors = Number(readText(join(directory, 'size')) ?? 0)
-    return { name, path: `/dev/${name}`, pid: pid === undefined ? undefined : Number(pid), size: sectors * 512 }
+    return {
+      name,
+      path: `/dev/${name}`,
+      pid: pid === undefined ? undefined : Number(pid),
+      size: sectors * 512,
+    }
   }
 
   #notePath(device: NbdDevice): string {
@@ -120,7 +132,9 @@ function parseNote(text: string): AttachNote | undefined {
 
 /** mountinfo writes space, tab, newline and backslash as octal. */
 function unescapeMount(text: string): string {
-  return text.replaceAll(/\\([0-7]{3})/g, (_, octal: string) => String.fromCharCode(Number.parseInt(octal, 8)))
+  return text.replaceAll(/\\([0-7]{3})/g, (_, octal: string) =>
+    String.fromCharCode(Number.parseInt(octal, 8)),
+  )
 }
 
 function readText(path: string): string | undefined {

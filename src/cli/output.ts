@@ -79,7 +79,9 @@ export function exitCodeOf(error: unknown): number {
 }
 
 function describe(error: unknown): { code: string; message: string } {
-  const message = messageOf(error).replaceAll(/\s*\n\s*/g, ' ').trim()
+  const message = messageOf(error)
+    .replaceAll(/\s*\n\s*/g, ' ')
+    .trim()
   if (error instanceof UserError || error instanceof ApiError) return { code: error.code, message }
   return { code: systemCode(error) ?? 'FAILED', message }
 }

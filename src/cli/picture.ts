@@ -34,7 +34,8 @@ export function picture(shares: readonly number[], style: PictureStyle): string[
     return rows.map((row) => row.map((share) => shades[level(share)]).join(''))
   }
   const lines: string[] = []
-  for (let row = 0; row < rows.length; row += 2) lines.push(halfBlockLine(rows[row] ?? [], rows[row + 1] ?? []))
+  for (let row = 0; row < rows.length; row += 2)
+    lines.push(halfBlockLine(rows[row] ?? [], rows[row + 1] ?? []))
   return lines
 }
 

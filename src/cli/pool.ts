@@ -24,8 +24,18 @@ export function poolCommands(root: Root, cli: Cli): void {
               defaultDescription: 'one sparse file in POOL',
             })
             .option('parity', { choices: ['0', '1', '2'] as const, default: '0', describe: 'Parity members' })
-            .option('chunk', { type: 'string', requiresArg: true, describe: 'Part of a stripe on one member', defaultDescription: '64K' })
-            .option('capacity', { type: 'string', requiresArg: true, describe: 'How much the pool may hold', defaultDescription: 'all that its members hold' })
+            .option('chunk', {
+              type: 'string',
+              requiresArg: true,
+              describe: 'Part of a stripe on one member',
+              defaultDescription: '64K',
+            })
+            .option('capacity', {
+              type: 'string',
+              requiresArg: true,
+              describe: 'How much the pool may hold',
+              defaultDescription: 'all that its members hold',
+            })
             .example('fullstripe pool create ./pool', 'one sparse file, which grows as volumes are written')
             .example('fullstripe pool create /var/lib/pool --member /dev/sdb --member /dev/sdc', 'two disks'),
         async (argv) => {
@@ -51,7 +61,11 @@ export function poolCommands(root: Root, cli: Cli): void {
       .command(
         'show [pool]',
         'Show a pool that is being served',
-        (command) => command.positional('pool', { type: 'string', describe: 'Its directory (or --pool, FULLSTRIPE_POOL)' }),
+        (command) =>
+          command.positional('pool', {
+            type: 'string',
+            describe: 'Its directory (or --pool, FULLSTRIPE_POOL)',
+          }),
         async (argv) => {
           const info = await clientOf(argv).get<PoolInfo>('/v1/pool')
           cli.output.result(info, () => poolLines(info))
@@ -72,13 +86,25 @@ export function poolLines(info: PoolInfo): string[] {
     ['pool', info.directory],
     ['uuid', info.uuid],
     ['format', `version ${info.version}`],
-    ['capacity', `${approximateSize(info.capacity)} (${info.slots} stripes of ${formatSize(info.stripeSize)})`],
+    [
+      'capacity',
+      `${approximateSize(info.capacity)} (${info.slots} stripes of ${formatSize(info.stripeSize)})`,
+    ],
     ['used', `${approximateSize(info.used)} (${percent(info.used, info.capacity)})`],
     ['reserved', `${approximateSize(info.reserved)} for thick volumes`],
-    ['geometry', `${info.dataMembers} data + ${info.parityMembers} parity, chunk ${formatSize(info.chunkSize)}`],
+    [
+      'geometry',
+      `${info.dataMembers} data + ${info.parityMembers} parity, chunk ${formatSize(info.chunkSize)}`,
+    ],
     ['disk free', info.fileSystemAvailable === null ? '-' : approximateSize(info.fileSystemAvailable)],
   ])
-  const columns = [{ title: 'member', right: true }, { title: 'state' }, { title: 'kind' }, { title: 'size', right: true }, { title: 'path' }]
+  const columns = [
+    { title: 'member', right: true },
+    { title: 'state' },
+    { title: 'kind' },
+    { title: 'size', right: true },
+    { title: 'path' },
+  ]
   const rows = info.members.map((m) => [String(m.index), m.state, m.kind, approximateSize(m.size), m.path])
   return [...lines, '', ...table(columns, rows)]
 }

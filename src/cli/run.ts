@@ -36,7 +36,9 @@ export async function run(args: readonly string[]): Promise<number> {
 async function parse(args: readonly string[], cli: Cli): Promise<void> {
   const root = yargs()
     .scriptName('fullstripe')
-    .usage('$0 COMMAND\n\nBlock storage: volumes that are usable the moment they are created, served over NBD.')
+    .usage(
+      '$0 COMMAND\n\nBlock storage: volumes that are usable the moment they are created, served over NBD.',
+    )
     .parserConfiguration({
       'parse-numbers': false,
       'parse-positional-numbers': false,
@@ -46,7 +48,11 @@ async function parse(args: readonly string[], cli: Cli): Promise<void> {
       'strip-aliased': true,
     })
     .locale('en')
-    .option('pool', { type: 'string', describe: 'Directory of the pool (default: FULLSTRIPE_POOL)', requiresArg: true })
+    .option('pool', {
+      type: 'string',
+      describe: 'Directory of the pool (default: FULLSTRIPE_POOL)',
+      requiresArg: true,
+    })
     .option('json', { type: 'boolean', default: false, describe: 'Write JSON, also for errors' })
     .middleware((argv) => {
       cli.output.json = argv.json
@@ -71,7 +77,9 @@ async function parse(args: readonly string[], cli: Cli): Promise<void> {
     .example('fullstripe pool create ./pool', 'make a pool')
     .example('fullstripe serve ./pool', 'serve its volumes')
     .example('fullstripe volume create data --size 10G --pool ./pool', 'make a volume')
-    .epilogue('Sizes: 4096, 64K, 10G, 1T (powers of 1024). Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no daemon.')
+    .epilogue(
+      'Sizes: 4096, 64K, 10G, 1T (powers of 1024). Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no daemon.',
+    )
     .exitProcess(false)
     .fail(false)
     .parseAsync([...args])
@@ -81,7 +89,8 @@ async function parse(args: readonly string[], cli: Cli): Promise<void> {
 const LISTS = new Set(['_', '--', 'listen', 'member'])
 function refuseRepeated(argv: Record<string, unknown>): void {
   for (const [key, value] of Object.entries(argv)) {
-    if (Array.isArray(value) && !LISTS.has(key)) throw new UserError('USAGE', `--${key} is given more than once`)
+    if (Array.isArray(value) && !LISTS.has(key))
+      throw new UserError('USAGE', `--${key} is given more than once`)
   }
 }
 
@@ -96,10 +105,14 @@ const GROUPS = new Set(['pool', 'volume'])
 function usageError(error: unknown, args: readonly string[]): UserError {
   const words = args.filter((arg) => !arg.startsWith('-'))
   const depth = GROUPS.has(words[0] ?? '') ? 2 : 1
-  const known = /^Unknown (command|argument)/.test(messageOf(error)) ? words.slice(0, depth - 1) : words.slice(0, depth)
+  const known = /^Unknown (command|argument)/.test(messageOf(error))
+    ? words.slice(0, depth - 1)
+    : words.slice(0, depth)
   const message = messageOf(error)
     .replaceAll(/\s*\n\s*/g, ' ')
     .replace(/^./, (first) => first.toLowerCase())
     .replace(/[.?!]?$/, '')
-  return new UserError('USAGE', `${message}; see: ${['fullstripe', ...known, '--help'].join(' ')}`, { cause: error })
+  return new UserError('USAGE', `${message}; see: ${['fullstripe', ...known, '--help'].join(' ')}`, {
+    cause: error,
+  })
 }

@@ -14,7 +14,9 @@ export class Screen {
   }
 
   draw(lines: readonly string[]): void {
-    const shown = lines.slice(0, Math.max(1, this.#output.rows - 1)).map((line) => fit(line, this.#output.columns))
+    const shown = lines
+      .slice(0, Math.max(1, this.#output.rows - 1))
+      .map((line) => fit(line, this.#output.columns))
     const back = this.#drawn > 0 ? `\x1b[${this.#drawn}A` : ''
     process.stdout.write(`${back}\r${shown.map((line) => `${line}\x1b[K\n`).join('')}\x1b[J`)
     this.#drawn = shown.length

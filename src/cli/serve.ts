@@ -11,7 +11,13 @@ import type { pino } from 'pino'
 import { listenControl } from '../api/server.ts'
 import { messageOf, UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
-import { type ConfigValues, DATAPATH_CHOICES, LOG_LEVELS, readConfigFile, resolveConfig } from '../daemon/config.ts'
+import {
+  type ConfigValues,
+  DATAPATH_CHOICES,
+  LOG_LEVELS,
+  readConfigFile,
+  resolveConfig,
+} from '../daemon/config.ts'
 import { Daemon } from '../daemon/daemon.ts'
 import { createLog } from '../daemon/log.ts'
 import { VERSION } from '../daemon/version.ts'
@@ -33,10 +39,22 @@ export function serveCommand(root: Root, cli: Cli): void {
           describe: 'NBD URI to listen on: nbd://HOST:PORT or nbd+unix:///?socket=PATH; repeatable',
           defaultDescription: 'the unix socket POOL/nbd.sock',
         })
-        .option('datapath', { choices: DATAPATH_CHOICES, describe: 'Which datapath', defaultDescription: 'auto' })
-        .option('threads', { type: 'string', requiresArg: true, describe: 'I/O threads of the native datapath' })
+        .option('datapath', {
+          choices: DATAPATH_CHOICES,
+          describe: 'Which datapath',
+          defaultDescription: 'auto',
+        })
+        .option('threads', {
+          type: 'string',
+          requiresArg: true,
+          describe: 'I/O threads of the native datapath',
+        })
         .option('config', { type: 'string', requiresArg: true, describe: 'JSON file with the same keys' })
-        .option('log-level', { choices: LOG_LEVELS, describe: 'Least level that is logged', defaultDescription: 'info' })
+        .option('log-level', {
+          choices: LOG_LEVELS,
+          describe: 'Least level that is logged',
+          defaultDescription: 'info',
+        })
         .example('fullstripe serve ./pool', 'on ./pool/nbd.sock')
         .example('fullstripe serve ./pool --listen nbd://127.0.0.1:10809', 'on a TCP port'),
     async (argv) => {
@@ -56,7 +74,10 @@ export function serveCommand(root: Root, cli: Cli): void {
 
 function poolDirectory(path: string): string {
   if (statSync(path, { throwIfNoEntry: false })?.isDirectory() !== true) {
-    throw new UserError('NOT_FOUND', `there is no pool at ${resolve(path)}: create it with: fullstripe pool create ${path}`)
+    throw new UserError(
+      'NOT_FOUND',
+      `there is no pool at ${resolve(path)}: create it with: fullstripe pool create ${path}`,
+    )
   }
   return realpathSync(path)
 }

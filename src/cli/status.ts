@@ -20,7 +20,12 @@ export function statusCommand(root: Root, cli: Cli): void {
     'The daemon, its pool and its volumes',
     (command) =>
       command
-        .option('watch', { alias: 'w', type: 'boolean', default: false, describe: 'Again every second, with rates' })
+        .option('watch', {
+          alias: 'w',
+          type: 'boolean',
+          default: false,
+          describe: 'Again every second, with rates',
+        })
         .example('fullstripe status --watch', 'until interrupted'),
     async (argv) => {
       const client = clientOf(argv)
@@ -52,15 +57,25 @@ function statusLines(status: StatusInfo, before: StatusInfo | undefined, output:
   const uptime = (Date.parse(status.now) - Date.parse(status.started)) / 1000
   const failed = pool.members.filter((member) => member.state !== 'online')
   const lines = pairs([
-    ['daemon', `${status.state} for ${duration(uptime)}, version ${status.version}, pid ${status.pid}, ${approximateSize(status.memory)} of memory`],
+    [
+      'daemon',
+      `${status.state} for ${duration(uptime)}, version ${status.version}, pid ${status.pid}, ${approximateSize(status.memory)} of memory`,
+    ],
     ['listening', status.listen.join(' ')],
-    ['datapath', `${datapath.kind} (${datapath.engine}, ${plural(datapath.threads, 'thread')}): ${datapath.reason}`],
-    ['pool', `${pool.directory}: ${approximateSize(pool.used)} of ${approximateSize(pool.capacity)} used (${percent(pool.used, pool.capacity)}), ${plural(pool.members.length, 'member')}`],
+    [
+      'datapath',
+      `${datapath.kind} (${datapath.engine}, ${plural(datapath.threads, 'thread')}): ${datapath.reason}`,
+    ],
+    [
+      'pool',
+      `${pool.directory}: ${approximateSize(pool.used)} of ${approximateSize(pool.capacity)} used (${percent(pool.used, pool.capacity)}), ${plural(pool.members.length, 'member')}`,
+    ],
     ...failed.map((member): [string, string] => ['FAILED', `member ${member.index}: ${member.path}`]),
     ['clients', plural(status.sessions, 'connection')],
   ])
   lines.push('')
-  if (status.volumes.length === 0) lines.push('no volumes; create one with: fullstripe volume create NAME --size 10G')
+  if (status.volumes.length === 0)
+    lines.push('no volumes; create one with: fullstripe volume create NAME --size 10G')
   else lines.push(...(before === undefined ? plainTable(status) : rateTable(status, before)))
   const formatting = status.volumes.filter((volume) => volume.formatter.state === 'running')
   if (formatting.length > 0) lines.push('', 'formatting')
@@ -68,7 +83,12 @@ function statusLines(status: StatusInfo, before: StatusInfo | undefined, output:
   return lines
 }
 
-const LEADING = [{ title: 'volume' }, { title: 'size', right: true }, { title: 'formatted', right: true }, { title: 'clients', right: true }]
+const LEADING = [
+  { title: 'volume' },
+  { title: 'size', right: true },
+  { title: 'formatted', right: true },
+  { title: 'clients', right: true },
+]
 
 function leadingCells(volume: VolumeInfo): string[] {
   const { name, size, stripesFormatted, stripes, sessions } = volume
@@ -76,7 +96,13 @@ function leadingCells(volume: VolumeInfo): string[] {
 }
 
 function plainTable(status: StatusInfo): string[] {
-  const columns = [...LEADING, { title: 'read', right: true }, { title: 'written', right: true }, { title: 'errors', right: true }, { title: 'state' }]
+  const columns = [
+    ...LEADING,
+    { title: 'read', right: true },
+    { title: 'written', right: true },
+    { title: 'errors', right: true },
+    { title: 'state' },
+  ]
   const rows = status.volumes.map((volume) => [
     ...leadingCells(volume),
     approximateSize(volume.counters.readBytes),
@@ -99,7 +125,11 @@ function rateTable(status: StatusInfo, before: StatusInfo): string[] {
   ]
   const seconds = Math.max(0.001, (Date.parse(status.now) - Date.parse(before.now)) / 1000)
   const rows = status.volumes.map((volume) => {
-    const rate = volumeRates(volume, before.volumes.find((old) => old.uuid === volume.uuid), seconds)
+    const rate = volumeRates(
+      volume,
+      before.volumes.find((old) => old.uuid === volume.uuid),
+      seconds,
+    )
     return [
       ...leadingCells(volume),
       rate.reads.toFixed(0),
@@ -127,5 +157,10 @@ export function volumeRates(now: VolumeInfo, before: VolumeInfo | undefined, sec
     const to = now.counters[counter]
     return (to >= from ? to - from : to) / seconds
   }
-  return { reads: rate('reads'), readBytes: rate('readBytes'), writes: rate('writes'), writeBytes: rate('writeBytes') }
+  return {
+    reads: rate('reads'),
+    readBytes: rate('readBytes'),
+    writes: rate('writes'),
+    writeBytes: rate('writeBytes'),
+  }
 }

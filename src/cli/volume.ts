@@ -30,14 +30,29 @@ function createCommand(group: Root, cli: Cli): void {
     (command) =>
       command
         .positional('name', { type: 'string', demandOption: true, describe: 'Its name' })
-        .option('size', { type: 'string', requiresArg: true, demandOption: true, describe: 'Its size: 512, 64K, 10G, 1T' })
+        .option('size', {
+          type: 'string',
+          requiresArg: true,
+          demandOption: true,
+          describe: 'Its size: 512, 64K, 10G, 1T',
+        })
         .option('provision', {
           choices: ['thin', 'thick'] as const,
           default: 'thin' as const,
           describe: 'thin: takes space when first written; thick: all space is reserved now',
         })
-        .option('format-unit', { type: 'string', requiresArg: true, describe: 'Stripes that are formatted together', defaultDescription: '1' })
-        .option('fill', { type: 'string', requiresArg: true, describe: 'Byte (0 to 255, 0x00 to 0xff) that what was never written reads as', defaultDescription: '0' })
+        .option('format-unit', {
+          type: 'string',
+          requiresArg: true,
+          describe: 'Stripes that are formatted together',
+          defaultDescription: '1',
+        })
+        .option('fill', {
+          type: 'string',
+          requiresArg: true,
+          describe: 'Byte (0 to 255, 0x00 to 0xff) that what was never written reads as',
+          defaultDescription: '0',
+        })
         .option('read-only', { type: 'boolean', default: false, describe: 'Clients cannot write' })
         .example('fullstripe volume create data --size 10G', 'thin: takes no space yet')
         .example('fullstripe volume create log --size 1T --provision thick', 'cannot run out of space'),
@@ -65,7 +80,7 @@ function listCommand(group: Root, cli: Cli): void {
     (command) => command,
     async (argv) => {
       const { volumes } = await clientOf(argv).get<{ volumes: VolumeInfo[] }>('/v1/volumes')
-      cli.output.result({ volumes }, () => {
+      cli.output.result(volumes, () => {
         if (volumes.length > 0) return volumeTable(volumes)
         return ['no volumes; create one with: fullstripe volume create NAME --size 10G']
       })
@@ -93,7 +108,11 @@ function resizeCommand(group: Root, cli: Cli): void {
       command
         .positional('name', { type: 'string', demandOption: true, describe: 'Its name' })
         .option('size', { type: 'string', requiresArg: true, demandOption: true, describe: 'The new size' })
-        .option('force', { type: 'boolean', default: false, describe: 'Also shrink: what lies behind the new end is lost' })
+        .option('force', {
+          type: 'boolean',
+          default: false,
+          describe: 'Also shrink: what lies behind the new end is lost',
+        })
         .example('fullstripe volume resize data --size 20G', ''),
     async (argv) => {
       const body = { size: parseSize(argv.size, '--size'), force: argv.force }
@@ -171,7 +190,8 @@ export function stateText(info: VolumeInfo): string {
   const words: string[] = []
   if (info.readOnly) words.push('read-only')
   if (formatter.state === 'running') words.push(`formatting ${percent(formatter.done, formatter.total)}`)
-  if (formatter.state === 'paused') words.push(`formatting paused at ${percent(formatter.done, formatter.total)}`)
+  if (formatter.state === 'paused')
+    words.push(`formatting paused at ${percent(formatter.done, formatter.total)}`)
   if (formatter.state === 'failed') words.push('formatting failed')
   return words.join(', ')
 }
@@ -182,7 +202,10 @@ function volumeLines(info: VolumeInfo): string[] {
     ['name', info.name],
     ['uuid', info.uuid],
     ['size', sizeText(info)],
-    ['used', `${approximateSize(info.used)} (${percent(info.stripesFormatted, info.stripes)} of ${plural(info.stripes, 'stripe')} formatted)`],
+    [
+      'used',
+      `${approximateSize(info.used)} (${percent(info.stripesFormatted, info.stripes)} of ${plural(info.stripes, 'stripe')} formatted)`,
+    ],
     ['provision', info.provision],
     ['format unit', `${plural(info.formatUnit, 'stripe')} of ${formatSize(info.stripeSize)}`],
     ['fill', `0x${info.fill.toString(16).padStart(2, '0')}`],
@@ -190,13 +213,22 @@ function volumeLines(info: VolumeInfo): string[] {
     ['created', info.created],
     ['clients', plural(info.sessions, 'connection')],
     ['reads', `${counters.reads} (${approximateSize(counters.readBytes)})`],
-    ['writes', `${counters.writes} (${approximateSize(counters.writeBytes)}); stripes formatted: ${counters.fullStripeWrites}`],
-    ['other', `flushes ${counters.flushes}, trims ${counters.trims}, write-zeroes ${counters.zeroes}, errors ${counters.errors}`],
+    [
+      'writes',
+      `${counters.writes} (${approximateSize(counters.writeBytes)}); stripes formatted: ${counters.fullStripeWrites}`,
+    ],
+    [
+      'other',
+      `flushes ${counters.flushes}, trims ${counters.trims}, write-zeroes ${counters.zeroes}, errors ${counters.errors}`,
+    ],
   ]
   if (info.provision === 'thick') {
     const limit = formatter.rate === null ? '' : `, limit ${approximateSize(formatter.rate)}/s`
     const why = formatter.message === undefined ? '' : `: ${formatter.message}`
-    entries.push(['formatter', `${formatter.state}, ${percent(formatter.done, formatter.total)}${limit}${why}`])
+    entries.push([
+      'formatter',
+      `${formatter.state}, ${percent(formatter.done, formatter.total)}${limit}${why}`,
+    ])
   }
   return pairs(entries)
 }

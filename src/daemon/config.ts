@@ -51,7 +51,9 @@ export function readConfigFile(path: string): ConfigValues {
   try {
     text = readFileSync(path, 'utf8')
   } catch (error) {
-    throw new UserError('USAGE', `cannot read the configuration file ${path}: ${messageOf(error)}`, { cause: error })
+    throw new UserError('USAGE', `cannot read the configuration file ${path}: ${messageOf(error)}`, {
+      cause: error,
+    })
   }
   let value: unknown
   try {
@@ -93,7 +95,12 @@ export function checkConfig(value: unknown, source: string): ConfigValues {
 }
 
 export function checkThreads(value: unknown, source: string): number {
-  if (typeof value === 'number' && Number.isInteger(value) && value >= 1 && value <= LIMITS.datapathThreadsMax) {
+  if (
+    typeof value === 'number' &&
+    Number.isInteger(value) &&
+    value >= 1 &&
+    value <= LIMITS.datapathThreadsMax
+  ) {
     return value
   }
   throw new UserError(
@@ -104,14 +111,24 @@ export function checkThreads(value: unknown, source: string): number {
 
 function checkListen(value: unknown, source: string): readonly string[] {
   const list = typeof value === 'string' ? [value] : value
-  if (Array.isArray(list) && list.length > 0 && list.every((item) => typeof item === 'string' && item !== '')) {
+  if (
+    Array.isArray(list) &&
+    list.length > 0 &&
+    list.every((item) => typeof item === 'string' && item !== '')
+  ) {
     return list
   }
-  throw new UserError('USAGE', `${source}: listen must be a list of NBD URIs, for example ["nbd://127.0.0.1:10809"]`)
+  throw new UserError(
+    'USAGE',
+    `${source}: listen must be a list of NBD URIs, for example ["nbd://127.0.0.1:10809"]`,
+  )
 }
 
 function oneOf<T extends string>(choices: readonly T[], value: unknown, key: string, source: string): T {
   const found = choices.find((choice) => choice === value)
   if (found !== undefined) return found
-  throw new UserError('USAGE', `${source}: ${key} must be one of ${choices.join(', ')}, not ${JSON.stringify(value)}`)
+  throw new UserError(
+    'USAGE',
+    `${source}: ${key} must be one of ${choices.join(', ')}, not ${JSON.stringify(value)}`,
+  )
 }

@@ -43,6 +43,8 @@ export class Daemon {
   #listener: Listener | undefined
   readonly #frontEnds: FrontEnd[] = []
   #stopping: Promise<void> | undefined
+  #probing: NodeJS.Timeout | undefined
+  #probeRunning = false
 
   private constructor(config: DaemonConfig, log: pino.Logger) {
     this.config = config
@@ -93,16 +95,18 @@ export class Daemon {
       datapath: config.datapath,
       ...(config.threads === undefined ? {} : { threads: config.threads }),
       log,
-      onEvent: (event) => this.#record(event),
+      onEvent: (event) => this.events.append(event), // the pool has logged it
     })
     this.#listener = await Listener.open({ uris: config.listen, pool: this.#pool, log })
     this.#enter('serving')
-    this.#record(this.#event('info', 'daemon.started', `serving on ${this.listening.join(' ')}`))
+    this.#record('info', 'daemon.started', `serving on ${this.listening.join(' ')}`)
+    this.#probing = setInterval(() => this.#probe(), LIMITS.memberProbeMs)
   }
 
   async #stop(): Promise<void> {
     this.#enter('draining')
-    this.#record(this.#event('info', 'daemon.draining', 'taking no new clients, answering what is in flight'))
+    this.#record('info', 'daemon.draining', 'taking no new clients, answering what is in flight')
+    clearInterval(this.#probing)
     try {
       await this.#listener?.close()
       this.events.close() // ends the streams that front ends would wait for
@@ -125,13 +129,24 @@ export class Daemon {
     }
   }
 
-  #event(level: PoolEvent['level'], kind: string, message: string): PoolEvent {
-    return { time: new Date().toISOString(), level, kind, object: this.config.pool, message }
+  /** Members that were removed or cut short are noticed even while nobody writes to them. */
+  #probe(): void {
+    if (this.#probeRunning) return
+    this.#probeRunning = true
+    this.pool
+      .probeMembers()
+      .catch((error: unknown) =>
+        this.log.error({ err: error }, `looking after the members: ${messageOf(error)}`),
+      )
+      .finally(() => {
+        this.#probeRunning = false
+      })
   }
 
-  #record(event: PoolEvent): void {
-    this.events.append(event)
-    this.log[event.level]({ event: event.kind, object: event.object }, event.message)
+  #record(level: PoolEvent['level'], kind: string, message: string): void {
+    const object = this.config.pool
+    this.events.append({ time: new Date().toISOString(), level, kind, object, message })
+    this.log[level]({ event: kind, object }, message)
   }
 
   #enter(next: DaemonState): void {

@@ -30,7 +30,8 @@ export function readable(line: string): string {
 
 function stackOf(error: unknown): string {
   if (typeof error !== 'object' || error === null) return ''
-  if ('stack' in error && typeof error.stack === 'string') return `\n  ${error.stack.replaceAll('\n', '\n  ')}`
+  if ('stack' in error && typeof error.stack === 'string')
+    return `\n  ${error.stack.replaceAll('\n', '\n  ')}`
   return ''
 }
 

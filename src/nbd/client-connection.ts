@@ -6,7 +6,7 @@ import { formatNbdUri, type NbdUri } from './uri.ts'
 
 /**
  * Opens a socket to an NBD URI and runs one handshake over it, within one deadline for both. After it the socket is
- * paused and has no listeners; the bytes that came after the handshake are returned with its result.
+ * paused; the bytes that came after the handshake are returned with its result.
  */
 
 /** `sun_path` holds 108 bytes; the last is NUL. */
@@ -35,10 +35,11 @@ export function connectAndNegotiate<Result>(
     const settle = (): void => {
       clearTimeout(timer)
       socket.off('connect', onConnect).off('data', onData).off('error', onError).off('close', onClose)
+      // Never without a listener: what was written last may still fail, and an unheard error ends the process.
+      socket.on('error', () => undefined)
     }
     const fail = (error: Error): void => {
       settle()
-      socket.on('error', () => undefined) // the first error is the one that counts
       socket.destroy()
       reject(error)
     }

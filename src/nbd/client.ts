@@ -3,17 +3,11 @@ import { ProtocolError, StoreError, type StoreErrorCode } from '../base/errors.t
 import { LIMITS } from '../base/limits.ts'
 import { connectAndNegotiate } from './client-connection.ts'
 import { describeExport, listExports, type NegotiatedExport, openExport } from './client-handshake.ts'
+import { NbdSession, type RawReply, type RawRequest } from './client-session.ts'
 import { COMMAND, COMMAND_FLAG, type ReplyMode, TRANSMISSION_FLAG } from './constants.ts'
 import { NBD_ERRNO } from './errno.ts'
 import type { ListedExport } from './handshake.ts'
-import {
-  type ContextExtents,
-  type DecodedError,
-  encodeFilteredStatusRequest,
-  writeRequest,
-} from './replies.ts'
-import { ReplyReader, type ReplySink } from './reply-reader.ts'
-import { type Extent, requestHeaderSize } from './transmission.ts'
+import type { Extent } from './transmission.ts'
 import { formatNbdUri, parseNbdUri } from './uri.ts'
 
 /**

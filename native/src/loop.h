@@ -1,0 +1,132 @@
+// One I/O thread: an epoll loop over its connections, an eventfd for commands and finished jobs, and one for io_uring.
+//
+// In a turn: events mark connections, commands are carried out, finished jobs are taken in, then each marked connection
+// has its turn (connection.h), upcalls are handed over in one batch, and closed connections are deleted. Member accesses
+// of connections begin and end inside their turn or are counted in an epoch, so a barrier that is looked at between two
+// turns only has to wait for the epochs before it.
+#pragma once
+
+#include <atomic>
+#include <deque>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "buffers.h"
+#include "engine.h"
+#include "shared.h"
+#include "uring.h"
+
+namespace nbd {
+
+struct LoopCommand {
+  enum class Kind : uint8_t { Add, Complete, CompleteStatus, Barrier, CloseExport, RetryMemory };
+  Kind kind;
+  uint32_t error = 0;                // Complete
+  Connection* connection = nullptr;  // Add
+  Upcall* upcall = nullptr;          // Complete, CompleteStatus
+  std::vector<uint8_t>* body = nullptr;  // CompleteStatus: the reply chunks' bytes, see datapath.cc
+  Barrier* barrier = nullptr;
+  Export* target = nullptr;  // CloseExport
+};
+
+class Loop {
+ public:
+  Loop(Shared& shared, uint32_t index);
+  ~Loop();
+  Loop(const Loop&) = delete;
+  Loop& operator=(const Loop&) = delete;
+
+  /// errno, or 0.
+  int start();
+  /// From any thread.
+  void post(const LoopCommand& command);
+  void post(const std::vector<LoopCommand>& commands);
+  void postDone(LoopJob* job);
+  /// Ends the thread as soon as nothing of the kernel's is in flight; connections are cut.
+  void stop();
+
+  // The rest is for the loop's own thread, but for the counters.
+  Shared& shared() { return shared_; }
+  uint32_t index() const { return index_; }
+  int epollFd() const { return epollFd_; }
+  ChunkPool& chunks() { return chunks_; }
+  MemberIo& io() { return io_; }
+  Segments& segments() { return segments_; }
+  const MemberCounters& memberCounters(uint32_t member) const { return memberCounters_[member]; }
+
+  /// Gives the connection a turn before the loop sleeps.
+  void touch(Connection* connection);
+  void bury(Connection* connection);
+  void queueUpcall(Upcall* upcall);
+  Upcall* takeUpcall();
+  void giveUpcall(Upcall* upcall);
+  void queueEvent(const Event& event) { events_.push_back(event); }
+  void read(ReadJob* job);
+  void advise(AdviseJob* job);
+  uint64_t beginAccess();
+  void endAccess(uint64_t epoch);
+  bool reserveMemory(uint64_t bytes, bool needy);
+  void releaseMemory(uint64_t bytes);
+  void waitForMemory(Connection* connection);
+  void linger(Connection* connection);
+
+  static uint64_t nowMicroseconds();
+
+ private:
+  void run();
+  void carryOut(const LoopCommand& command);
+  void takeCommands();
+  void takeTurns();
+  void settleBarriers();
+  void retryMemory();
+  void expireLingering();
+  void spin();
+  void signal();
+  void finishStopping();
+
+  Shared& shared_;
+  const uint32_t index_;
+  int epollFd_ = -1;
+  int wakeFd_ = -1;
+  int ringFd_ = -1;  // eventfd of the ring
+  std::thread thread_;
+
+  std::mutex mutex_;
+  std::vector<LoopCommand> commands_;  // under mutex_
+  LoopJob* done_ = nullptr;            // under mutex_
+  std::atomic<bool> signalled_{false};
+  std::atomic<bool> stopping_{false};
+
+  ChunkPool chunks_;
+  std::unique_ptr<MemberCounters[]> memberCounters_;
+  MemberIo io_;
+  Segments segments_;
+  Uring uring_;
+  bool ringTried_ = false;
+  std::vector<ReadJob*> ringDone_;
+  uint32_t poolReads_ = 0;
+
+  std::vector<Connection*> connections_;
+  std::vector<Connection*> touched_;
+  std::vector<Connection*> turning_;
+  std::vector<Connection*> dead_;
+  std::vector<Connection*> hungry_;     // wait for memory
+  std::vector<Connection*> lingering_;  // have a deadline
+  Connection* spinner_ = nullptr;
+  std::vector<Event> events_;
+  std::vector<LoopCommand> taken_;
+  Upcall* freeUpcalls_ = nullptr;
+  uint32_t freeUpcallCount_ = 0;
+
+  // Accesses in flight, by epoch; a barrier starts a new one.
+  struct Waiting {
+    uint64_t epoch;
+    Barrier* barrier;
+  };
+  std::deque<uint64_t> epochs_{0};
+  uint64_t epochFirst_ = 0;
+  std::deque<Waiting> barriers_;
+};
+
+}  // namespace nbd

@@ -1,0 +1,398 @@
+/**
+ * Brings NBD clients to their exports: listens on TCP ports and unix sockets, runs the handshake of every connection, and
+ * hands the socket over to the datapath when an export was chosen.
+ *
+ *   accepted --> negotiating --> handing over --> serving --> gone
+ *                    |                |                        ^
+ *                    +----------------+------------------------+
+ *
+ * Hand-over. When the handshake ends, inside a 'data' event, the socket is paused and the last reply is written. The client
+ * may speak as soon as it has that reply, so only when the reply is written out are the bytes collected that Node has read
+ * meanwhile. They go with the socket, in one turn of the event loop: `serve` has to take the socket over before it returns.
+ *
+ * Bounds: connections (LIMITS.connectionsMax; one too many is closed at once), the time of a handshake, what a handshake
+ * stores (see negotiation.ts), and replies that a client does not read (its socket is not read either until it does).
+ * No client can end the daemon: whatever one does wrong ends its own connection.
+ *
+ * Close: no new connections; handshakes still going on get ERR_SHUTDOWN and a short time to say goodbye. Connections that
+ * were handed over belong to the datapath and live on.
+ */
+import { createServer, type Server, type Socket } from 'node:net'
+import type { Logger } from 'pino'
+import { assert } from '../base/assert.ts'
+import { messageOf, ProtocolError, systemCode, UserError } from '../base/errors.ts'
+import { LIMITS } from '../base/limits.ts'
+import type { SessionEnd, SessionSpec } from '../datapath/datapath.ts'
+import { type ExportCatalog, Negotiation, type NegotiationOutcome } from '../nbd/negotiation.ts'
+import { formatNbdUri, type NbdUri, parseNbdUri } from '../nbd/uri.ts'
+import { type ClaimedSocketPath, claimSocketPath } from './socket-claim.ts'
+
+/** The exports of a daemon, as the listener needs them. */
+export interface ExportSource extends ExportCatalog {
+  /**
+   * Takes over a connection that chose the export of that name.
+   * @throws anything when the export cannot be served any more; the connection is then closed
+   */
+  serve(exportName: string, session: SessionSpec): void
+}
+
+export interface ListenerOptions {
+  readonly uris: readonly string[] // NBD URIs; port 0 takes a free one
+  readonly exports: ExportSource
+  readonly log: Logger
+  readonly handshakeMsMax?: number
+  readonly connectionsMax?: number
+  /** How long `close` lets handshakes finish. */
+  readonly closeMsMax?: number
+}
+
+const CLOSE_MS_MAX = 1000
+
+interface Address {
+  readonly uri: string
+  readonly server: Server
+  readonly claim: ClaimedSocketPath | undefined // unix sockets
+}
+
+export class Listener {
+  readonly #exports: ExportSource
+  readonly #log: Logger
+  readonly #handshakeMsMax: number
+  readonly #connectionsMax: number
+  readonly #closeMsMax: number
+  readonly #addresses: Address[] = []
+  readonly #handshakes = new Set<Handshake>()
+  #connectionCount = 0
+  #nextConnection = 1
+  #full = false // whether the last connection was refused, so that a flood is logged once
+  #closing: Promise<void> | undefined
+
+  /**
+   * Listens on all of the URIs, or on none.
+   * @throws UserError USAGE (no NBD URI, or one that cannot be listened on), BUSY (in use), FAILED (the system refuses)
+   */
+  static async open(options: ListenerOptions): Promise<Listener> {
+    const listener = new Listener(options)
+    try {
+      for (const text of options.uris) await listener.#listen(parseListenUri(text))
+    } catch (error) {
+      await listener.close()
+      throw error
+    }
+    return listener
+  }
+
+  private constructor(options: ListenerOptions) {
+    this.#exports = options.exports
+    this.#log = options.log
+    this.#handshakeMsMax = options.handshakeMsMax ?? LIMITS.handshakeMsMax
+    this.#connectionsMax = options.connectionsMax ?? LIMITS.connectionsMax
+    this.#closeMsMax = options.closeMsMax ?? CLOSE_MS_MAX
+  }
+
+  /** Where it listens, as NBD URIs without an export, with ports as bound. */
+  addresses(): readonly string[] {
+    return this.#addresses.map((address) => address.uri)
+  }
+
+  /** Connections that are negotiating or being served. */
+  get connectionCount(): number {
+    return this.#connectionCount
+  }
+
+  /** Resolves when no handshake is left and no socket is listening. */
+  close(): Promise<void> {
+    this.#closing ??= this.#close()
+    return this.#closing
+  }
+
+  async #close(): Promise<void> {
+    for (const { server, claim } of this.#addresses) {
+      // Stops accepting at once. Its 'close' event waits for connections that are not ours any more, so we do not.
+      server.close()
+      claim?.release()
+    }
+    for (const handshake of this.#handshakes) handshake.shutDown()
+    const gone = [...this.#handshakes].map((handshake) => handshake.gone)
+    const timer = setTimeout(() => {
+      for (const handshake of this.#handshakes) handshake.abandon('the daemon is shutting down')
+    }, this.#closeMsMax)
+    await Promise.all(gone)
+    clearTimeout(timer)
+  }
+
+  async #listen(uri: NbdUri): Promise<void> {
+    const server = createServer({ noDelay: true }, (socket) => this.#accept(socket))
+    if (uri.address.transport === 'tcp') {
+      const { host, port } = uri.address
+      await listening(server, { host, port }, formatNbdUri(uri))
+      const bound = server.address()
+      assert(typeof bound === 'object' && bound !== null, 'a TCP server has a port')
+      const address = { transport: 'tcp', host, port: bound.port } as const
+      this.#addresses.push({ uri: formatNbdUri({ address }), server, claim: undefined })
+    } else {
+      const claim = await claimSocketPath(uri.address.path)
+      try {
+        await listening(server, { path: claim.path }, formatNbdUri(uri))
+      } catch (error) {
+        claim.abandon()
+        throw error
+      }
+      this.#addresses.push({ uri: formatNbdUri({ address: uri.address }), server, claim })
+    }
+    server.on('error', (error) =>
+      this.#log.error({ err: error }, `accepting NBD clients: ${messageOf(error)}`),
+    )
+  }
+
+  #accept(socket: Socket): void {
+    if (this.#connectionCount >= this.#connectionsMax || this.#closing !== undefined) {
+      if (!this.#full && this.#closing === undefined) {
+        this.#log.warn(
+          { connections: this.#connectionCount },
+          'too many NBD connections: new ones are refused',
+        )
+        this.#full = true
+      }
+      socket.on('error', () => undefined)
+      socket.destroy()
+      return
+    }
+    this.#connectionCount++
+    const log = this.#log.child({ connection: this.#nextConnection++, client: clientName(socket) })
+    log.debug('NBD client connected')
+    const handshake = new Handshake(socket, this.#exports, log, this.#handshakeMsMax, (served) => {
+      this.#handshakes.delete(handshake)
+      if (!served) this.#release()
+    })
+    handshake.onSessionEnd = () => this.#release()
+    this.#handshakes.add(handshake)
+    handshake.start()
+  }
+
+  #release(): void {
+    assert(this.#connectionCount > 0, 'connection count')
+    this.#connectionCount--
+    this.#full = false
+  }
+}
+
+type HandshakeState = 'negotiating' | 'flushing' | 'served' | 'closed'
+
+const NEXT: Record<HandshakeState, readonly HandshakeState[]> = {
+  negotiating: ['flushing', 'closed'], // reading options, answering them
+  flushing: ['served', 'closed'], // an export was chosen; its reply is being written, nothing is read
+  served: [], // the datapath has the socket
+  closed: [], // the socket is destroyed, or ends by itself after a goodbye
+}
+
+/** One connection, from accept to hand-over. */
+class Handshake {
+  readonly #socket: Socket
+  readonly #exports: ExportSource
+  readonly #log: Logger
+  readonly #negotiation: Negotiation
+  readonly #onEnd: (served: boolean) => void
+  readonly #timer: NodeJS.Timeout
+  #state: HandshakeState = 'negotiating'
+  #resolveGone: () => void = () => undefined
+  /** Resolves when it is served or closed. */
+  readonly gone = new Promise<void>((resolve) => {
+    this.#resolveGone = resolve
+  })
+  /** Called when the session that it became is over. */
+  onSessionEnd: () => void = () => undefined
+
+  // Named members, so that they can be removed again one by one: Node has listeners of its own on the socket.
+  readonly #onData = (chunk: Buffer): void => this.#receive(chunk)
+  readonly #onDrain = (): void => {
+    this.#socket.resume()
+  }
+  readonly #onError = (error: Error): void => this.#end(messageOf(error))
+  readonly #onClose = (): void => this.#end('the client hung up')
+
+  constructor(
+    socket: Socket,
+    exports: ExportSource,
+    log: Logger,
+    handshakeMsMax: number,
+    onEnd: (served: boolean) => void,
+  ) {
+    this.#socket = socket
+    this.#exports = exports
+    this.#log = log
+    this.#onEnd = onEnd
+    this.#negotiation = new Negotiation(exports)
+    this.#timer = setTimeout(
+      () => this.abandon(`no export chosen within ${handshakeMsMax} ms`),
+      handshakeMsMax,
+    )
+  }
+
+  start(): void {
+    this.#socket.on('data', this.#onData).on('drain', this.#onDrain)
+    this.#socket.on('error', this.#onError).on('close', this.#onClose)
+    this.#sendOutput()
+  }
+
+  shutDown(): void {
+    this.#negotiation.shutDown()
+  }
+
+  /** Ends the connection now. */
+  abandon(reason: string): void {
+    this.#end(reason)
+  }
+
+  #enter(next: HandshakeState): void {
+    assert(NEXT[this.#state].includes(next), `handshake: ${this.#state} -> ${next}`)
+    this.#state = next
+  }
+
+  #receive(chunk: Buffer): void {
+    if (this.#state !== 'negotiating') return
+    let outcome: NegotiationOutcome | undefined
+    try {
+      outcome = this.#negotiation.receive(chunk)
+    } catch (error) {
+      if (!(error instanceof ProtocolError)) throw error
+      this.#sendOutput()
+      this.#end(`protocol error: ${error.message}`)
+      return
+    }
+    if (outcome === undefined) {
+      this.#sendOutput()
+    } else if (outcome.kind === 'transmission') {
+      this.#flush(outcome)
+    } else {
+      this.#end(outcome.kind === 'aborted' ? 'the client said goodbye' : outcome.reason)
+    }
+  }
+
+  /** A client that does not read its replies is not read either. */
+  #sendOutput(): void {
+    const output = this.#negotiation.takeOutput()
+    if (output.length > 0 && !this.#socket.write(output)) this.#socket.pause()
+  }
+
+  #flush(outcome: Extract<NegotiationOutcome, { kind: 'transmission' }>): void {
+    this.#enter('flushing')
+    this.#socket.off('data', this.#onData).off('drain', this.#onDrain)
+    this.#socket.pause()
+    this.#socket.write(this.#negotiation.takeOutput(), (error) => {
+      // A failure is reported by an 'error' or 'close' event, which may be first or still to come.
+      if (this.#state === 'flushing' && !error && !this.#socket.destroyed) this.#handOver(outcome)
+    })
+  }
+
+  #handOver(outcome: Extract<NegotiationOutcome, { kind: 'transmission' }>): void {
+    clearTimeout(this.#timer)
+    this.#socket.off('error', this.#onError).off('close', this.#onClose)
+    const buffered: Buffer | null = this.#socket.read()
+    const received = buffered === null ? outcome.leftover : Buffer.concat([outcome.leftover, buffered])
+    const { exportName, mode, contexts, readOnly } = outcome
+    let ended = false
+    const onClose = (reason: SessionEnd): void => {
+      assert(!ended, 'a session ends once')
+      ended = true
+      this.#log.info({ export: exportName, reason }, 'NBD client gone')
+      this.onSessionEnd()
+    }
+    this.#enter('served')
+    this.#log.info({ export: exportName, mode, readOnly }, 'NBD client connected to its export')
+    this.#onEnd(true)
+    this.#resolveGone()
+    try {
+      this.#exports.serve(exportName, { socket: this.#socket, received, mode, contexts, readOnly, onClose })
+    } catch (error) {
+      this.#log.error({ err: error, export: exportName }, `cannot serve an NBD client: ${messageOf(error)}`)
+      this.#socket.on('error', () => undefined)
+      this.#socket.destroy()
+      if (!ended) onClose('error')
+    }
+  }
+
+  #end(reason: string): void {
+    if (this.#state === 'closed' || this.#state === 'served') return
+    this.#enter('closed')
+    clearTimeout(this.#timer)
+    this.#log.debug({ reason }, 'NBD handshake ended')
+    this.#socket.off('data', this.#onData).off('drain', this.#onDrain)
+    this.#socket.off('error', this.#onError).off('close', this.#onClose)
+    this.#socket.on('error', () => undefined)
+    const output = this.#negotiation.takeOutput()
+    if (this.#socket.destroyed || this.#socket.writableEnded) this.#socket.destroy()
+    else goodbye(this.#socket, output)
+    this.#onEnd(false)
+    this.#resolveGone()
+  }
+}
+
+/** Sends the last bytes and closes; a client that does not take them in time loses them. */
+function goodbye(socket: Socket, output: Buffer): void {
+  const timer = setTimeout(() => socket.destroy(), CLOSE_MS_MAX)
+  socket.once('close', () => clearTimeout(timer))
+  socket.end(output, () => socket.destroy())
+}
+
+function clientName(socket: Socket): string {
+  return socket.remoteAddress === undefined ? 'unix' : `${socket.remoteAddress}:${socket.remotePort}`
+}
+
+/** An NBD URI that can be listened on. @throws UserError USAGE */
+export function parseListenUri(text: string): NbdUri {
+  const uri = parseNbdUri(text)
+  const refuse = (reason: string): never => {
+    throw new UserError('USAGE', `cannot listen on ${text}: ${reason}`)
+  }
+  if (uri.tls) refuse('TLS is not supported yet; use nbd:// or nbd+unix://')
+  if (uri.exportName !== '') refuse(`clients choose the export; leave "/${uri.exportName}" out`)
+  if (uri.user !== undefined) refuse('a user name belongs to TLS')
+  return uri
+}
+
+function listening(
+  server: Server,
+  where: { host: string; port: number } | { path: string },
+  uri: string,
+): Promise<void> {
+  return new Promise((resolve, reject) => {
+    const onError = (error: Error): void => reject(listenError(uri, error))
+    server.once('error', onError)
+    // 511 waiting connections, Node's default, is less than 500 clients at once plus what comes after them.
+    server.listen({ ...where, backlog: LIMITS.connectionsMax }, () => {
+      server.off('error', onError)
+      resolve()
+    })
+  })
+}
+
+function listenError(uri: string, error: Error): UserError {
+  const code = systemCode(error)
+  switch (code) {
+    case 'EADDRINUSE':
+      return new UserError(
+        'BUSY',
+        `cannot listen on ${uri}: the address is in use; stop its owner or choose another`,
+        {
+          cause: error,
+        },
+      )
+    case 'EACCES':
+    case 'EPERM':
+      return new UserError('FAILED', `cannot listen on ${uri}: permission denied`, { cause: error })
+    case 'EADDRNOTAVAIL':
+      return new UserError('FAILED', `cannot listen on ${uri}: this machine has no such address`, {
+        cause: error,
+      })
+    case 'ENOTFOUND':
+    case 'EAI_AGAIN':
+      return new UserError('FAILED', `cannot listen on ${uri}: the host name is unknown`, { cause: error })
+    case 'ENOENT':
+      return new UserError('FAILED', `cannot listen on ${uri}: the directory does not exist`, {
+        cause: error,
+      })
+    default:
+      return new UserError('FAILED', `cannot listen on ${uri}: ${messageOf(error)}`, { cause: error })
+  }
+}

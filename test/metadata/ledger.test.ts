@@ -1,0 +1,210 @@
+import { mkdtempSync, rmSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { afterEach, beforeEach, describe, expect, it } from 'vitest'
+import { CHANGE, type Change, createJournalFile, Journal, openJournalFile } from '../../src/metadata/journal.ts'
+import { Ledger } from '../../src/metadata/ledger.ts'
+import { METADATA_VERSION, type MetadataPage, type PoolRecord } from '../../src/metadata/records.ts'
+import { MetadataStore } from '../../src/metadata/store.ts'
+import { VolumeTables } from '../../src/volume/tables.ts'
+
+/** The ledger over a real LMDB, real journal files and real tables; only the sync of the members is the test's. */
+const pool: PoolRecord = {
+  version: METADATA_VERSION,
+  uuid: '6b1f3f0e-3f0a-4f6e-9d55-0d9f2f8a4c11',
+  created: '2026-01-01T00:00:00.000Z',
+  chunkSize: 65536,
+  dataMembers: 1,
+  parityMembers: 0,
+  dataOffset: 1 << 20,
+  slots: 1 << 20,
+  generation: 1,
+  members: ['member-0'],
+}
+const BOOT = '11111111-2222-4333-8444-555555555555'
+const REBOOT = '99999999-2222-4333-8444-555555555555'
+const SHAPE = { size: 65536 * 400_000, stripeSize: 65536, formatUnit: 1 }
+
+let directory: string
+let steps: string[]
+let syncMembers: () => Promise<void>
+let store: MetadataStore
+let journal: Journal
+let tables: VolumeTables
+let ledger: Ledger
+
+function openJournal(bootId = BOOT): Journal {
+  const files = [0, 1].map((i) => openJournalFile(join(directory, `journal-${i}`)))
+  return new Journal([files[0]!, files[1]!], { pool: pool.uuid, bootId })
+}
+
+beforeEach(async () => {
+  directory = mkdtempSync(join(tmpdir(), 'fullstripe-ledger-'))
+  for (const i of [0, 1]) createJournalFile(join(directory, `journal-${i}`))
+  store = await MetadataStore.create(join(directory, 'metadata'), pool)
+  journal = openJournal()
+  journal.recover(0)
+  await journal.start(0)
+  tables = new VolumeTables(1, SHAPE)
+  steps = []
+  syncMembers = async () => {
+    steps.push('sync')
+  }
+  ledger = new Ledger({
+    journal,
+    store,
+    source: {
+      dirtyPages: () => tables.dirtyPages,
+      takeDirtyPages: () => tables.takeDirtyPages(),
+      returnDirtyPages: (pages) => {
+        for (const page of pages) tables.returnDirtyPage(page)
+      },
+    },
+    syncMembers: () => syncMembers(),
+    onTrouble: (kind, message) => steps.push(`${kind}: ${message}`),
+    onDurable: (sequence) => steps.push(`durable ${sequence}`),
+  })
+})
+
+afterEach(async () => {
+  syncMembers = async () => {}
+  await ledger.close().catch(() => {})
+  journal.close()
+  await store.close()
+  rmSync(directory, { recursive: true })
+})
+
+function format(stripe: number): Promise<number> {
+  const changes: Change[] = [
+    { op: CHANGE.slots, medium: 1, first: stripe, count: 1, slot: stripe + 1 },
+    { op: CHANGE.formatted, medium: 1, first: stripe, count: 1, slot: 0 },
+  ]
+  return ledger.record(changes, () => {
+    for (const change of changes) tables.apply(change)
+  })
+}
+
+function storedTables(): VolumeTables {
+  const loaded = new VolumeTables(1, SHAPE)
+  for (const kind of ['map', 'init'] as const) {
+    for (const page of store.pages(1, kind)) loaded.loadPage(kind, page.index, page.bytes)
+  }
+  loaded.finishLoading()
+  return loaded
+}
+
+describe('ledger', () => {
+  it('records in one frame what one turn changes, and applies it at once', async () => {
+    const sequences = await Promise.all([format(1), format(2), format(3)])
+    expect(sequences).toEqual([1, 1, 1])
+    expect([1, 2, 3].map((stripe) => tables.slotOf(stripe))).toEqual([2, 3, 4])
+    expect(steps).toEqual([]) // nothing durable yet
+  })
+
+  it('promises durability after the members were synced, and only of what was recorded before', async () => {
+    await format(1)
+    let release = (): void => {}
+    syncMembers = () => new Promise((resolve) => (release = resolve))
+    const flushed = ledger.flush()
+    await format(2) // while the members are being synced
+    release()
+    await flushed
+    expect(ledger.durableSequence).toBe(1)
+    const recovered = openJournal(REBOOT).recover(0)
+    expect(recovered.changes.filter((c) => c.op === CHANGE.slots).map((c) => c.first)).toEqual([1])
+    expect(recovered.dropped).toBe(1)
+  })
+
+  it('gives a flush that comes while another runs a sync of its own, shared by all that came', async () => {
+    await format(1)
+    let syncs = 0
+    let release = (): void => {}
+    syncMembers = () => {
+      syncs++
+      return new Promise((resolve) => (release = resolve))
+    }
+    const first = ledger.flush()
+    const later = [ledger.flush(), ledger.flush(), ledger.flush()]
+    expect(syncs).toBe(1)
+    release()
+    await first
+    await new Promise((resolve) => setImmediate(resolve))
+    expect(syncs).toBe(2)
+    release()
+    await Promise.all(later)
+    expect(syncs).toBe(2)
+  })
+
+  it('writes no mark where nothing was recorded since the last', async () => {
+    await format(1)
+    await ledger.flush()
+    const sequence = journal.lastSequence
+    await ledger.flush()
+    await ledger.flush()
+    expect(journal.lastSequence).toBe(sequence)
+  })
+
+  it('stores in a checkpoint exactly the changes up to its sequence', async () => {
+    await format(10)
+    let release = (): void => {}
+    syncMembers = () => new Promise((resolve) => (release = resolve))
+    const done = ledger.checkpoint()
+    await format(11) // after the pages were copied
+    release()
+    await done
+    const stored = storedTables()
+    expect([stored.slotOf(10), stored.slotOf(11)]).toEqual([11, 0])
+    expect(store.checkpoint()).toBe(1)
+    // The rest is in the journal: together they are everything.
+    for (const change of openJournal().recover(store.checkpoint()).changes) stored.apply(change)
+    expect(stored.slotOf(11)).toBe(12)
+  })
+
+  it('loses nothing over thousands of changes, journal turns and checkpoints', async () => {
+    const stripes = 300_000 // twice what the journal holds
+    for (let at = 0; at < stripes; at += 10_000) {
+      await Promise.all(Array.from({ length: 10_000 }, (_, i) => format(at + i)))
+    }
+    const stored = storedTables()
+    for (const change of openJournal().recover(store.checkpoint()).changes) stored.apply(change)
+    expect(stored.formattedUnits).toBe(stripes)
+    for (let stripe = 0; stripe < stripes; stripe++) {
+      if (stored.slots[stripe] !== stripe + 1) expect.fail(`stripe ${stripe} is in slot ${stored.slots[stripe]}`)
+    }
+  })
+
+  it('keeps pages dirty when LMDB takes no commit, says so once, and catches up', async () => {
+    const commit = store.commit.bind(store)
+    let failing = true
+    store.commit = (what) => (failing ? Promise.reject(new Error('disk full')) : commit(what))
+    await format(1)
+    await expect(ledger.checkpoint()).rejects.toThrow('disk full')
+    await expect(ledger.checkpoint()).rejects.toThrow('disk full')
+    expect(steps.filter((step) => step.startsWith('checkpoint'))).toHaveLength(1)
+    await format(2) // the journal still takes changes
+    failing = false
+    await ledger.checkpoint()
+    expect([storedTables().slotOf(1), storedTables().slotOf(2)]).toEqual([2, 3])
+  })
+
+  it('never promises anything again after a failed sync', async () => {
+    await format(1)
+    syncMembers = () => Promise.reject(new Error('EIO'))
+    await expect(ledger.flush()).rejects.toThrow(/EIO/)
+    syncMembers = async () => {} // the kernel forgets the error; we do not
+    await expect(ledger.flush()).rejects.toThrow(/stopped taking flushes/)
+    await expect(format(2)).rejects.toThrow(/stopped taking flushes/)
+    expect(ledger.durableSequence).toBe(0)
+  })
+
+  it('stores records and pages of a change in one transaction', async () => {
+    await ledger.checkpointWith(() => {
+      tables.setSlots(5, 1, 77)
+      const pages: MetadataPage[] = [{ medium: 9, kind: 'map', index: 0, bytes: Buffer.alloc(8, 1) }]
+      return { pages, pool: { ...pool, generation: 2 } }
+    })
+    expect(storedTables().slotOf(5)).toBe(77)
+    expect(store.pool().generation).toBe(2)
+    expect([...store.pages(9, 'map')]).toHaveLength(1)
+  })
+})
