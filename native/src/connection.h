@@ -39,13 +39,13 @@ class Connection {
  public:
   enum class State : uint8_t { Open, Draining, Flushing, Closed };
 
-  Connection(Export& target, SessionOptions options);
+  Connection(Loop& loop, Export& target, SessionOptions options);
   ~Connection();
   Connection(const Connection&) = delete;
   Connection& operator=(const Connection&) = delete;
 
   /// First call on the I/O thread.
-  void attach(Loop& loop);
+  void attach();
   void onEvent(uint32_t events);
   /// Parses, executes, receives and sends until there is nothing to do, or others should have a turn.
   void turn();
@@ -66,7 +66,12 @@ class Connection {
   /// The socket is dead or is to be.
   void cut(SessionEnd reason);
 
+  /// The loop ends: forgets what is in flight, which nobody will answer.
+  void abandon();
+
   State state() const { return state_; }
+  Mode mode() const { return mode_; }  // from any thread
+  uint32_t loopIndex() const;            // from any thread
   Export& target() { return target_; }
   uint32_t id() const { return id_; }
   uint32_t inFlight() const { return inFlight_; }
@@ -85,13 +90,18 @@ class Connection {
     bool raw = false;
     bool waiting = false;  // a piece is in an engine
     bool begun = false;    // the header is out
+    bool failed = false;   // raw structured: zeros follow, then an error chunk
+    uint64_t failedOffset = 0;
     Request request;
     uint64_t position = 0;
   };
 
   // connection.cc
-  void work();
+  /// True where it stopped because something is exhausted, false where it needs more bytes.
+  bool work();
   bool blocked() const;
+  bool stalled() const;
+  bool reserve(uint64_t bytes);
   bool takeRequest();
   void execute();
   ssize_t receive();
@@ -110,7 +120,6 @@ class Connection {
   void cache(const Request& request);
   size_t inputSize() const { return input_ == nullptr ? 0 : input_->size(); }
   void dropInput(size_t bytes);
-  void charge(uint64_t bytes) { inFlightBytes_ += bytes; }
   void discharge(uint64_t bytes);
   ExportCounters& counters();
 
@@ -118,7 +127,7 @@ class Connection {
   void startWrite();
   bool takeInPlace();
   bool takeGather();
-  bool allDirect(const Tables& tables, uint64_t offset, uint64_t length, uint8_t* data, Segments& segments);
+  bool mapDirect(const Tables& tables, uint64_t offset, uint64_t length, uint8_t* data, Segments& segments) const;
   void writeDone();
   void gatherDone();
 
@@ -147,7 +156,7 @@ class Connection {
   void endStream();
 
   Export& target_;
-  Loop* loop_ = nullptr;
+  Loop& loop_;
   int fd_;
   const uint32_t id_;
   RequestParser parser_;
@@ -159,15 +168,13 @@ class Connection {
   SessionEnd reason_ = SessionEnd::Closed;
   Phase phase_ = Phase::Header;
   bool readable_ = true;
-  bool hangupSeen_ = false;
+  bool hangupSeen_ = false;     // the socket says so; what it still holds is read first
   bool broken_ = false;         // sending is pointless
   bool writableWanted_ = false;
   bool waitsForMemory_ = false;
   uint64_t deadline_ = 0;       // microseconds; 0 = none
 
   Chunk* input_ = nullptr;
-  ChunkPool* pool_ = nullptr;
-  OutQueue* outQueues_ = nullptr;
   OutQueue out_;
   OutQueue held_;  // replies that have to wait for the end of a raw stream
 
@@ -178,7 +185,6 @@ class Connection {
   uint64_t writeOffset_ = 0;  // InPlace: where the next piece goes; Gather: where the payload begins
   Payload* payload_ = nullptr;
   uint64_t gathered_ = 0;
-  uint64_t charged_ = 0;
   uint32_t discardError_ = 0;
   uint8_t statusPayload_[8 + 4 * 64];
   uint32_t statusFilled_ = 0;

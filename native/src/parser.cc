@@ -57,7 +57,7 @@ uint32_t checkRequest(const Request& request, const SessionRules& rules, uint64_
       // The range is in the payload and is checked with it.
       const bool shaped = request.length >= 8 + 4 && (request.length - 8) % 4 == 0 &&
                           (request.length - 8) / 4 <= rules.contextCount;
-      return shaped && request.offset < exportSize ? kOk : kEinval;
+      return shaped && request.offset <= exportSize ? kOk : kEinval;
     }
   }
   // "SHOULD NOT request a length of 0; the behavior of a server is unspecified": no silent success.
@@ -80,8 +80,10 @@ Verdict validateRequest(const Request& request, const SessionRules& rules, uint6
                                                        : request.command == kWrite;
   if (hasPayload) {
     verdict.payload = request.length;
-    // A payload somewhat above the limit is swallowed and answered; beyond that it is a flood.
-    if (request.length > 2 * static_cast<uint64_t>(rules.payloadMax)) verdict.fatal = true;
+    // Extended: "a server SHOULD initiate hard disconnect". Compact headers know no such rule: there a payload somewhat
+    // above the limit is swallowed and answered, and only a flood ends the connection.
+    const uint64_t swallowed = rules.mode == Mode::Extended ? rules.payloadMax : uint64_t{2} * rules.payloadMax;
+    if (request.length > swallowed) verdict.fatal = true;
   }
   if (request.command == kDisconnect) return verdict;
   verdict.error = checkRequest(request, rules, exportSize);

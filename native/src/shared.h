@@ -81,6 +81,8 @@ class EventQueue {
   }
   void push(const Event& event);
   void push(std::vector<Event>& batch);  // leaves it empty
+  /// Wakes the JavaScript thread for an event that it queued itself.
+  void nudge();
   /// JavaScript thread: takes everything.
   void take(std::vector<Event>& into);
 

@@ -6,11 +6,17 @@
  * property is dropped. The pool validates again, with better words.
  */
 import type { Server } from 'node:http'
-import { type FastifyBaseLogger, type FastifyInstance, type FastifyRequest, fastify } from 'fastify'
+import {
+  type FastifyBaseLogger,
+  type FastifyInstance,
+  type FastifyRequest,
+  fastify,
+  LogController,
+} from 'fastify'
 import { messageOf, systemCode, UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
 import type { Daemon, FrontEnd } from '../daemon/daemon.ts'
-import { removeStaleSocket, socketAddress } from '../daemon/socket-path.ts'
+import { claimSocketPath } from '../daemon/socket-claim.ts'
 import { controlPath } from './control-path.ts'
 import { answerError, errorBody } from './errors.ts'
 import { eventRoutes } from './events.ts'
@@ -25,7 +31,7 @@ export function createApi(daemon: Daemon): FastifyInstance {
   const loggerInstance: FastifyBaseLogger = daemon.log.child({ part: 'api' }, { level: 'warn' })
   const app = fastify({
     loggerInstance,
-    disableRequestLogging: true,
+    logController: new LogController({ disableRequestLogging: true }),
     bodyLimit: LIMITS.apiBodyBytesMax,
     exposeHeadRoutes: false,
     requestTimeout: 30_000,
@@ -50,40 +56,42 @@ export function createApi(daemon: Daemon): FastifyInstance {
   return app
 }
 
-/** The API on its socket. Only for a daemon that holds its pool: what lies at the path is then stale. */
+/** The API on its socket. @throws UserError BUSY or EXISTS when something else is at its path, FAILED */
 export async function listenControl(daemon: Daemon): Promise<FrontEnd> {
   const app = createApi(daemon)
   await app.ready()
-  const path = controlPath(daemon.config.pool)
-  if (removeStaleSocket(path)) daemon.log.info(`removed ${path}, left by a daemon that did not stop in order`)
   app.server.maxConnections = LIMITS.apiConnectionsMax
-  await bind(app.server, path)
-  return { close: () => unbind(app) }
+  const path = controlPath(daemon.config.pool)
+  const claim = await claimSocketPath(path)
+  try {
+    await bind(app.server, claim.path)
+  } catch (error) {
+    claim.abandon()
+    const reason = systemCode(error) ?? messageOf(error)
+    throw new UserError('FAILED', `cannot listen on ${path}: ${reason}`, { cause: error })
+  }
+  return {
+    close: async () => {
+      await unbind(app)
+      claim.release()
+    },
+  }
 }
 
-async function bind(server: Server, path: string): Promise<void> {
-  const address = socketAddress(path)
-  try {
-    await new Promise<void>((resolve, reject) => {
-      server.once('error', reject)
-      // The socket is born with its mode: bind happens inside listen(), before anybody could connect.
-      const umask = process.umask(0o177)
-      try {
-        server.listen({ path: address.path }, () => {
-          server.off('error', reject)
-          resolve()
-        })
-      } finally {
-        process.umask(umask)
-      }
-    })
-  } catch (error) {
-    throw new UserError('FAILED', `cannot listen on ${path}: ${systemCode(error) ?? messageOf(error)}`, {
-      cause: error,
-    })
-  } finally {
-    address.release()
-  }
+/** The socket is born with its mode: bind happens inside listen(), before anybody could connect. */
+function bind(server: Server, path: string): Promise<void> {
+  return new Promise<void>((resolve, reject) => {
+    server.once('error', reject)
+    const umask = process.umask(0o177)
+    try {
+      server.listen({ path }, () => {
+        server.off('error', reject)
+        resolve()
+      })
+    } finally {
+      process.umask(umask)
+    }
+  })
 }
 
 async function unbind(app: FastifyInstance): Promise<void> {

@@ -52,8 +52,9 @@ export function messageOf(error: unknown): string {
   return error instanceof Error ? error.message : String(error)
 }
 
-/** `ENOSPC`, `EIO`, ... of a failed system call; undefined for any other error. */
+/** `ENOSPC`, `EIO`, ... of a failed system call; undefined for any other error, also for ours, which have codes too. */
 export function systemCode(error: unknown): string | undefined {
   if (!(error instanceof Error) || !('code' in error)) return undefined
+  if (error instanceof UserError || error instanceof StoreError) return undefined
   return typeof error.code === 'string' ? error.code : undefined
 }

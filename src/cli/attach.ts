@@ -14,6 +14,7 @@ import type { NbdAddress } from '../nbd/uri.ts'
 import type { VolumeInfo } from '../volume/volume.ts'
 import { localAddress } from './addresses.ts'
 import { type Cli, clientOf, parseCount, pause, type Root } from './cli.ts'
+import { keepConnected } from './keeper.ts'
 import { deviceName, type NbdDevice, NbdDevices } from './nbd-devices.ts'
 import { plural } from './text.ts'
 
@@ -39,7 +40,13 @@ export function attachCommands(root: Root, cli: Cli): void {
           type: 'string',
           requiresArg: true,
           default: '30',
-          describe: 'Seconds until the kernel gives up on an unanswered request; 0: never',
+          describe: 'Seconds until the kernel sends an unanswered request again; 0: never',
+        })
+        .option('give-up', {
+          type: 'string',
+          requiresArg: true,
+          default: '86400',
+          describe: 'Seconds that reads and writes wait for a daemon that is gone, before they fail',
         })
         .example('fullstripe attach data', 'prints the device')
         .example('mkfs.ext4 "$(fullstripe attach data)"', ''),
@@ -49,6 +56,7 @@ export function attachCommands(root: Root, cli: Cli): void {
           ? Math.min(4, availableParallelism())
           : parseCount(argv.connections, '--connections', 1, LIMITS.nbdClientConnectionsMax)
       const timeout = parseCount(argv.timeout, '--timeout', 0, 86_400)
+      const giveUp = parseCount(argv['give-up'], '--give-up', 0, 31_536_000)
       const devices = new NbdDevices()
       const client = clientOf(argv)
       const status = await client.get<StatusInfo>('/v1/status')
@@ -63,11 +71,8 @@ export function attachCommands(root: Root, cli: Cli): void {
       requireDriver(devices)
       refuseTwice(devices, volume)
       const wanted = argv.device === undefined ? undefined : freeDevice(devices, argv.device)
-      const device = await connect(devices, wanted, volume, {
-        connections,
-        timeout,
-        address: localAddress(status.listen),
-      })
+      const address = localAddress(status.listen)
+      const device = await connect(devices, wanted, volume, { connections, timeout, address })
       devices.writeNote(device, {
         volume: volume.name,
         uuid: volume.uuid,
@@ -75,9 +80,12 @@ export function attachCommands(root: Root, cli: Cli): void {
         pid: device.pid ?? 0,
         connections,
       })
-      cli.output.result({ device: device.path, volume: volume.name, size: device.size, connections }, () => [
-        device.path,
-      ])
+      const keeping = { exportName: volume.name, address, connections, timeout, giveUp }
+      const unkept = await keepConnected(device, keeping)
+      const kept = unkept === undefined
+      const result = { device: device.path, volume: volume.name, size: device.size, connections, kept }
+      cli.output.result(result, () => [device.path])
+      if (!kept) cli.output.note(`${device.path} will not survive a restart of the daemon: ${unkept}`)
       if (cli.output.terminal) {
         cli.output.note(
           `volume ${volume.name}, ${approximateSize(device.size)}, ${plural(connections, 'connection')}`,
@@ -190,8 +198,7 @@ async function connect(
 
 function clientArguments(device: NbdDevice, volume: VolumeInfo, options: Connection): string[] {
   const { address, connections, timeout } = options
-  const where =
-    address.transport === 'unix' ? ['-unix', resolve(address.path)] : [address.host, String(address.port)]
+  const where = address.transport === 'unix' ? ['-unix', address.path] : [address.host, String(address.port)]
   return [
     ...where,
     device.path,
@@ -199,7 +206,6 @@ function clientArguments(device: NbdDevice, volume: VolumeInfo, options: Connect
     volume.name,
     '-C',
     String(connections),
-    '-persist',
     ...(timeout === 0 ? [] : ['-timeout', String(timeout)]),
     ...(volume.readOnly ? ['-R'] : []),
   ]
@@ -208,10 +214,10 @@ function clientArguments(device: NbdDevice, volume: VolumeInfo, options: Connect
 /** Runs nbd-client. @throws UserError FAILED with its last line, which says why */
 function nbdClient(args: readonly string[]): Promise<void> {
   return new Promise((resolve, reject) => {
-    const path = `${process.env['PATH'] ?? ''}:/usr/sbin:/sbin`
+    const { PATH = '' } = process.env
     const child = spawn('nbd-client', args, {
       stdio: ['ignore', 'pipe', 'pipe'],
-      env: { ...process.env, PATH: path },
+      env: { ...process.env, PATH: `${PATH}:/usr/sbin:/sbin` },
     })
     let text = ''
     const collect = (chunk: Buffer) => {
@@ -240,7 +246,8 @@ function nbdClient(args: readonly string[]): Promise<void> {
 }
 
 function attachedDevice(devices: NbdDevices, text: string, pool: string | undefined): NbdDevice {
-  const directory = pool ?? process.env['FULLSTRIPE_POOL']
+  const { FULLSTRIPE_POOL } = process.env
+  const directory = pool ?? FULLSTRIPE_POOL
   const ours = devices.list().filter((device) => {
     const note = devices.note(device)
     return note?.volume === text && (directory === undefined || note.pool === resolve(directory))

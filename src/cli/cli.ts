@@ -19,7 +19,8 @@ export interface Cli {
 
 /** `--pool`, or FULLSTRIPE_POOL. @throws UserError USAGE where neither says which */
 export function poolOf(argv: { pool: string | undefined }): string {
-  const pool = argv.pool ?? process.env['FULLSTRIPE_POOL']
+  const { FULLSTRIPE_POOL } = process.env
+  const pool = argv.pool ?? FULLSTRIPE_POOL
   if (pool === undefined || pool === '') {
     throw new UserError('USAGE', 'which pool? give --pool DIR or set FULLSTRIPE_POOL')
   }

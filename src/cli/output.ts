@@ -13,7 +13,8 @@ export class Output {
   }
 
   get columns(): number {
-    const columns = process.stdout.isTTY === true ? process.stdout.columns : Number(process.env['COLUMNS'])
+    const { COLUMNS } = process.env
+    const columns = process.stdout.isTTY === true ? process.stdout.columns : Number(COLUMNS)
     return Number.isInteger(columns) && columns >= 20 ? columns : 80
   }
 

@@ -71,7 +71,7 @@ export function poolCommands(root: Root, cli: Cli): void {
           cli.output.result(info, () => poolLines(info))
         },
       )
-      .demandCommand(1, 'Which pool command?'),
+      .demandCommand(1, 'which pool command?'),
   )
 }
 

@@ -16,6 +16,7 @@ import { endOnClosedPipe, exitCodeOf, Output } from './output.ts'
 import { poolCommands } from './pool.ts'
 import { serveCommand } from './serve.ts'
 import { statusCommand } from './status.ts'
+import { usageError } from './usage-error.ts'
 import { volumeCommands } from './volume.ts'
 
 export async function run(args: readonly string[]): Promise<number> {
@@ -27,9 +28,8 @@ export async function run(args: readonly string[]): Promise<number> {
     await parse(args, cli)
     return cli.exitCode
   } catch (error) {
-    const known = isUsageError(error) ? usageError(error, args) : error
-    cli.output.error(known)
-    return exitCodeOf(known)
+    cli.output.error(error)
+    return exitCodeOf(error)
   }
 }
 
@@ -67,12 +67,12 @@ async function parse(args: readonly string[], cli: Cli): Promise<void> {
   checkCommand(root, cli)
   benchCommand(root, cli)
   await root
-    .demandCommand(1, 1, 'Which command?', 'Which command?')
+    .demandCommand(1, 1, 'which command?', 'which command?')
     .recommendCommands()
     .strict()
     .version(VERSION)
     .help()
-    .alias({ h: 'help' })
+    .alias('help', 'h')
     .wrap(Math.min(100, cli.output.columns))
     .example('fullstripe pool create ./pool', 'make a pool')
     .example('fullstripe serve ./pool', 'serve its volumes')
@@ -81,7 +81,11 @@ async function parse(args: readonly string[], cli: Cli): Promise<void> {
       'Sizes: 4096, 64K, 10G, 1T (powers of 1024). Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no daemon.',
     )
     .exitProcess(false)
-    .fail(false)
+    .fail((message, error) => {
+      // What a command threw is passed on; the rest is what yargs found wrong, as a sentence.
+      if (error instanceof Error && error.name !== 'YError') throw error
+      throw usageError(message ?? messageOf(error), args)
+    })
     .parseAsync([...args])
 }
 
@@ -92,27 +96,4 @@ function refuseRepeated(argv: Record<string, unknown>): void {
     if (Array.isArray(value) && !LISTS.has(key))
       throw new UserError('USAGE', `--${key} is given more than once`)
   }
-}
-
-/** What yargs itself found wrong; it exports no class for it. */
-function isUsageError(error: unknown): boolean {
-  return error instanceof Error && error.name === 'YError'
-}
-
-const GROUPS = new Set(['pool', 'volume'])
-
-/** One line, and where to look: yargs' sentences with the help of the command at hand. */
-function usageError(error: unknown, args: readonly string[]): UserError {
-  const words = args.filter((arg) => !arg.startsWith('-'))
-  const depth = GROUPS.has(words[0] ?? '') ? 2 : 1
-  const known = /^Unknown (command|argument)/.test(messageOf(error))
-    ? words.slice(0, depth - 1)
-    : words.slice(0, depth)
-  const message = messageOf(error)
-    .replaceAll(/\s*\n\s*/g, ' ')
-    .replace(/^./, (first) => first.toLowerCase())
-    .replace(/[.?!]?$/, '')
-  return new UserError('USAGE', `${message}; see: ${['fullstripe', ...known, '--help'].join(' ')}`, {
-    cause: error,
-  })
 }

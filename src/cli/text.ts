@@ -33,7 +33,7 @@ export function padStart(text: string, width: number): string {
 }
 
 /** Cut to a width, so that a line that is redrawn never wraps. Escape sequences are not expected in it. */
-export function fit(text: string, width: number): string {
+export function truncate(text: string, width: number): string {
   if (textWidth(text) <= width) return text
   let result = ''
   let used = 0

@@ -19,7 +19,7 @@ export function volumeCommands(root: Root, cli: Cli): void {
     renameCommand(group, cli)
     mapCommand(group, cli)
     formatCommand(group, cli)
-    return group.demandCommand(1, 'Which volume command?')
+    return group.demandCommand(1, 'which volume command?')
   })
 }
 

@@ -16,6 +16,7 @@ import { LIMITS } from '../base/limits.ts'
 import { Pool, type PoolEvent } from '../volume/pool.ts'
 import type { DaemonConfig } from './config.ts'
 import { EventLog } from './events.ts'
+import { PoolExports } from './exports.ts'
 import { Listener } from './listener.ts'
 
 export type DaemonState = 'starting' | 'serving' | 'draining' | 'stopped' | 'failed'
@@ -97,7 +98,7 @@ export class Daemon {
       log,
       onEvent: (event) => this.events.append(event), // the pool has logged it
     })
-    this.#listener = await Listener.open({ uris: config.listen, pool: this.#pool, log })
+    this.#listener = await Listener.open({ uris: config.listen, exports: new PoolExports(this.#pool), log })
     this.#enter('serving')
     this.#record('info', 'daemon.started', `serving on ${this.listening.join(' ')}`)
     this.#probing = setInterval(() => this.#probe(), LIMITS.memberProbeMs)

@@ -2,9 +2,11 @@
  * Brings NBD clients to their exports: listens on TCP ports and unix sockets, runs the handshake of every connection, and
  * hands the socket over to the datapath when an export was chosen.
  *
- *   accepted --> negotiating --> handing over --> serving --> gone
- *                    |                |                        ^
- *                    +----------------+------------------------+
+ *   negotiating --> flushing --> served: the datapath has the socket
+ *        |             |
+ *        +--> leaving  +--> closed
+ *                 |            ^
+ *                 +------------+
  *
  * Hand-over. When the handshake ends, inside a 'data' event, the socket is paused and the last reply is written. The client
  * may speak as soon as it has that reply, so only when the reply is written out are the bytes collected that Node has read
@@ -47,6 +49,10 @@ export interface ListenerOptions {
 }
 
 const CLOSE_MS_MAX = 1000
+/** How long a client may take to close a connection that we have ended. */
+const LEAVE_MS_MAX = 1000
+
+type Chosen = Extract<NegotiationOutcome, { kind: 'transmission' }>
 
 interface Address {
   readonly uri: string
@@ -64,7 +70,7 @@ export class Listener {
   readonly #handshakes = new Set<Handshake>()
   #connectionCount = 0
   #nextConnection = 1
-  #full = false // whether the last connection was refused, so that a flood is logged once
+  #full = false // whether refusals were logged since a connection last ended, so that a flood is logged once
   #closing: Promise<void> | undefined
 
   /**
@@ -177,13 +183,14 @@ export class Listener {
   }
 }
 
-type HandshakeState = 'negotiating' | 'flushing' | 'served' | 'closed'
+type HandshakeState = 'negotiating' | 'flushing' | 'leaving' | 'served' | 'closed'
 
 const NEXT: Record<HandshakeState, readonly HandshakeState[]> = {
-  negotiating: ['flushing', 'closed'], // reading options, answering them
-  flushing: ['served', 'closed'], // an export was chosen; its reply is being written, nothing is read
+  negotiating: ['flushing', 'leaving', 'closed'], // reading options, answering them
+  flushing: ['served', 'leaving', 'closed'], // an export was chosen; its reply is being written, nothing is read
+  leaving: ['closed'], // the last bytes are on their way, what the client still says is dropped
   served: [], // the datapath has the socket
-  closed: [], // the socket is destroyed, or ends by itself after a goodbye
+  closed: [], // the socket is closed
 }
 
 /** One connection, from accept to hand-over. */
@@ -193,7 +200,7 @@ class Handshake {
   readonly #log: Logger
   readonly #negotiation: Negotiation
   readonly #onEnd: (served: boolean) => void
-  readonly #timer: NodeJS.Timeout
+  #timer: NodeJS.Timeout
   #state: HandshakeState = 'negotiating'
   #resolveGone: () => void = () => undefined
   /** Resolves when it is served or closed. */
@@ -208,8 +215,10 @@ class Handshake {
   readonly #onDrain = (): void => {
     this.#socket.resume()
   }
-  readonly #onError = (error: Error): void => this.#end(messageOf(error))
-  readonly #onClose = (): void => this.#end('the client hung up')
+  readonly #onError = (error: Error): void => {
+    this.#log.debug({ reason: messageOf(error) }, 'NBD connection failed during the handshake')
+  }
+  readonly #onClose = (): void => this.#closed()
 
   constructor(
     socket: Socket,
@@ -224,24 +233,27 @@ class Handshake {
     this.#onEnd = onEnd
     this.#negotiation = new Negotiation(exports)
     this.#timer = setTimeout(
-      () => this.abandon(`no export chosen within ${handshakeMsMax} ms`),
+      () => this.abandon(`no export was chosen within ${handshakeMsMax} ms`),
       handshakeMsMax,
     )
   }
 
   start(): void {
     this.#socket.on('data', this.#onData).on('drain', this.#onDrain)
-    this.#socket.on('error', this.#onError).on('close', this.#onClose)
+    this.#socket.on('error', this.#onError).on('close', this.#onClose) // an error is always followed by a close
     this.#sendOutput()
   }
 
+  /** Options are answered with ERR_SHUTDOWN from now on. */
   shutDown(): void {
     this.#negotiation.shutDown()
   }
 
-  /** Ends the connection now. */
+  /** Ends the connection without another word. */
   abandon(reason: string): void {
-    this.#end(reason)
+    if (this.#state === 'served' || this.#state === 'closed') return
+    this.#log.debug({ reason }, 'NBD handshake abandoned')
+    this.#socket.destroy()
   }
 
   #enter(next: HandshakeState): void {
@@ -256,17 +268,12 @@ class Handshake {
       outcome = this.#negotiation.receive(chunk)
     } catch (error) {
       if (!(error instanceof ProtocolError)) throw error
-      this.#sendOutput()
-      this.#end(`protocol error: ${error.message}`)
+      this.#leave(`protocol error: ${error.message}`)
       return
     }
-    if (outcome === undefined) {
-      this.#sendOutput()
-    } else if (outcome.kind === 'transmission') {
-      this.#flush(outcome)
-    } else {
-      this.#end(outcome.kind === 'aborted' ? 'the client said goodbye' : outcome.reason)
-    }
+    if (outcome === undefined) this.#sendOutput()
+    else if (outcome.kind === 'transmission') this.#flush(outcome)
+    else this.#leave(outcome.kind === 'aborted' ? 'the client said goodbye' : outcome.reason)
   }
 
   /** A client that does not read its replies is not read either. */
@@ -275,19 +282,18 @@ class Handshake {
     if (output.length > 0 && !this.#socket.write(output)) this.#socket.pause()
   }
 
-  #flush(outcome: Extract<NegotiationOutcome, { kind: 'transmission' }>): void {
+  #flush(outcome: Chosen): void {
     this.#enter('flushing')
     this.#socket.off('data', this.#onData).off('drain', this.#onDrain)
     this.#socket.pause()
     this.#socket.write(this.#negotiation.takeOutput(), (error) => {
-      // A failure is reported by an 'error' or 'close' event, which may be first or still to come.
-      if (this.#state === 'flushing' && !error && !this.#socket.destroyed) this.#handOver(outcome)
+      // A failed write is followed by 'close', which ends this handshake.
+      if (!error && this.#state === 'flushing' && !this.#socket.destroyed) this.#handOver(outcome)
     })
   }
 
-  #handOver(outcome: Extract<NegotiationOutcome, { kind: 'transmission' }>): void {
+  #handOver(outcome: Chosen): void {
     clearTimeout(this.#timer)
-    this.#socket.off('error', this.#onError).off('close', this.#onClose)
     const buffered: Buffer | null = this.#socket.read()
     const received = buffered === null ? outcome.leftover : Buffer.concat([outcome.leftover, buffered])
     const { exportName, mode, contexts, readOnly } = outcome
@@ -299,12 +305,14 @@ class Handshake {
       this.onSessionEnd()
     }
     this.#enter('served')
-    this.#log.info({ export: exportName, mode, readOnly }, 'NBD client connected to its export')
+    this.#socket.off('error', this.#onError).off('close', this.#onClose)
     this.#onEnd(true)
     this.#resolveGone()
+    this.#log.info({ export: exportName, mode, readOnly }, 'NBD client connected to its export')
     try {
       this.#exports.serve(exportName, { socket: this.#socket, received, mode, contexts, readOnly, onClose })
     } catch (error) {
+      // For instance a volume that was deleted since it was chosen. That is this client's loss only.
       this.#log.error({ err: error, export: exportName }, `cannot serve an NBD client: ${messageOf(error)}`)
       this.#socket.on('error', () => undefined)
       this.#socket.destroy()
@@ -312,27 +320,26 @@ class Handshake {
     }
   }
 
-  #end(reason: string): void {
-    if (this.#state === 'closed' || this.#state === 'served') return
+  /**
+   * Sends what is left to say and waits a moment for the client to close. Reading on and dropping it matters: closing a TCP
+   * socket with unread input resets the connection, and the client might never see our last reply.
+   */
+  #leave(reason: string): void {
+    this.#enter('leaving')
+    this.#log.debug({ reason }, 'NBD handshake ended')
+    this.#socket.off('drain', this.#onDrain)
+    clearTimeout(this.#timer)
+    this.#timer = setTimeout(() => this.#socket.destroy(), LEAVE_MS_MAX)
+    this.#socket.end(this.#negotiation.takeOutput())
+    this.#socket.resume()
+  }
+
+  #closed(): void {
     this.#enter('closed')
     clearTimeout(this.#timer)
-    this.#log.debug({ reason }, 'NBD handshake ended')
-    this.#socket.off('data', this.#onData).off('drain', this.#onDrain)
-    this.#socket.off('error', this.#onError).off('close', this.#onClose)
-    this.#socket.on('error', () => undefined)
-    const output = this.#negotiation.takeOutput()
-    if (this.#socket.destroyed || this.#socket.writableEnded) this.#socket.destroy()
-    else goodbye(this.#socket, output)
     this.#onEnd(false)
     this.#resolveGone()
   }
-}
-
-/** Sends the last bytes and closes; a client that does not take them in time loses them. */
-function goodbye(socket: Socket, output: Buffer): void {
-  const timer = setTimeout(() => socket.destroy(), CLOSE_MS_MAX)
-  socket.once('close', () => clearTimeout(timer))
-  socket.end(output, () => socket.destroy())
 }
 
 function clientName(socket: Socket): string {

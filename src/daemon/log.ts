@@ -12,20 +12,21 @@ export function createLog(level: LogLevel, terminal: boolean): pino.Logger {
   return pino(options, { write: (line: string) => writeAll(readable(line)) })
 }
 
-const HIDDEN = new Set(['level', 'time', 'pid', 'msg', 'err', 'hostname'])
+/** Details of every line, which say nothing new to whoever sits at the terminal. */
+const HIDDEN = new Set(['pid', 'hostname'])
 
 /** `12:43:01 warn  pool is 91 % full (object=pool)` */
 export function readable(line: string): string {
   const parsed: unknown = JSON.parse(line)
   if (typeof parsed !== 'object' || parsed === null) return line
-  const entry: Record<string, unknown> = { ...parsed }
-  const time = new Date(Number(entry['time'])).toTimeString().slice(0, 8)
-  const level = (pino.levels.labels[Number(entry['level'])] ?? 'info').padEnd(5)
-  const details = Object.entries(entry)
+  const { level, time, msg, err, ...rest }: Record<string, unknown> = { ...parsed }
+  const clock = new Date(Number(time)).toTimeString().slice(0, 8)
+  const label = (pino.levels.labels[Number(level)] ?? 'info').padEnd(5)
+  const details = Object.entries(rest)
     .filter(([key]) => !HIDDEN.has(key))
     .map(([key, value]) => `${key}=${typeof value === 'string' ? value : JSON.stringify(value)}`)
   const tail = details.length > 0 ? ` (${details.join(', ')})` : ''
-  return `${time} ${level} ${String(entry['msg'] ?? '')}${tail}${stackOf(entry['err'])}\n`
+  return `${clock} ${label} ${String(msg ?? '')}${tail}${stackOf(err)}\n`
 }
 
 function stackOf(error: unknown): string {

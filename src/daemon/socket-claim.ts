@@ -36,7 +36,7 @@ export async function claimSocketPath(path: string): Promise<ClaimedSocketPath> 
       )
     }
     if (await isLiving(path)) {
-      throw new UserError('BUSY', `cannot listen on ${path}: another server is listening there`)
+      throw new UserError('BUSY', `cannot listen on ${path}: another server listens there`)
     }
     removeSocket(path)
   }

@@ -123,14 +123,14 @@ export interface DatapathDescription {
   readonly reason: string // why this one runs, a sentence for `status`
 }
 
-/** A full-stripe write of one format unit. */
+/** A full-stripe write of one format unit, or of several that follow each other; at most LIMITS.formatUnitBytesMax. */
 export interface FormatUnit {
   readonly export: ExportId
-  readonly stripe: number // the unit's first stripe
-  readonly slots: readonly number[] // where each stripe of the unit goes, in order
+  readonly stripe: number // the first stripe
+  readonly slots: readonly number[] // where each stripe goes, in order
   /** What lies under: the fill byte where absent or 0, else the content of that slot (copy-on-write), a stripe each. */
   readonly baseSlots?: readonly number[]
-  /** Upcalls laid over it in this order, each clipped to the unit: `write` by its payload, `trim` and `zero` as zeros. */
+  /** Upcalls laid over it in this order, each clipped to these stripes: `write` by its payload, `trim` and `zero` as zeros. */
   readonly overlays: readonly number[]
 }
 

@@ -66,6 +66,7 @@ export function composeRead(
   if (mode === 'simple') {
     position = writeSimpleReply(target, at, request, 0)
     putData(0, pieces.length)
+    return
   }
   forEachRun(layout, (hole, length, first, end, start) => {
     const done = start + length === request.length

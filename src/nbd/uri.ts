@@ -118,7 +118,7 @@ function parseServer(server: string, decode: (part: string) => string): NbdAddre
   return { transport: 'tcp', host: decode(ipv6 ?? name) || 'localhost', port }
 }
 
-/** The inverse of `parseNbdUri`. */
+/** The inverse of `parseNbdUri`; names the port even where it is the default. */
 export function formatNbdUri(uri: Pick<NbdUri, 'address'> & Partial<NbdUri>): string {
   const scheme = `${uri.tls ? 'nbds' : 'nbd'}${uri.address.transport === 'unix' ? '+unix' : ''}`
   const query = [...(uri.parameters ?? [])]
@@ -128,8 +128,7 @@ export function formatNbdUri(uri: Pick<NbdUri, 'address'> & Partial<NbdUri>): st
   } else {
     const { host, port } = uri.address
     const bracketed = host.includes(':') ? `[${host.replace('%', '%25')}]` : encodeURIComponent(host)
-    authority = `${uri.user === undefined ? '' : `${encodeURIComponent(uri.user)}@`}${bracketed}`
-    if (port !== DEFAULT_PORT) authority += `:${port}`
+    authority = `${uri.user === undefined ? '' : `${encodeURIComponent(uri.user)}@`}${bracketed}:${port}`
   }
   const queryText = query.map(([name, value]) => `${encodePath(name)}=${encodePath(value)}`).join('&')
   const path = uri.exportName === undefined || uri.exportName === '' ? '' : `/${encodePath(uri.exportName)}`

@@ -12,7 +12,7 @@
 import { closeSync, fsyncSync, ftruncateSync, openSync, unlinkSync } from 'node:fs'
 import { dirname, join, resolve } from 'node:path'
 import { assert } from '../base/assert.ts'
-import { messageOf, systemCode, UserError } from '../base/errors.ts'
+import { messageOf, StoreError, systemCode, UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
 import { formatSize } from '../base/sizes.ts'
 import { describeContent } from './content.ts'
@@ -121,16 +121,17 @@ async function createDefault(options: CreateMembersOptions): Promise<CreatedMemb
       if (shapeProblem(shape) !== undefined) break // chunks below 4 KiB
       try {
         return await transact(options, async (drafts) => {
+          const geometry = createGeometry({ ...shape, slots })
           for (let index = 0; index < count; index++) {
             const member = FileMember.open(
               index,
               join(resolve(options.directory), `member-${index}`),
               'create',
             )
-            drafts.push({ member, origin: 'created', before: Buffer.alloc(SUPERBLOCK_AREA) })
+            const draft: Draft = { member, origin: 'created', before: Buffer.alloc(0) }
+            drafts.push(draft)
+            extend(draft, memberSizeOf(geometry)) // before the next one, so that a try in vain costs one file
           }
-          const geometry = createGeometry({ ...shape, slots })
-          for (const draft of drafts) extend(draft, memberSizeOf(geometry))
           return geometry
         })
       } catch (error) {
@@ -175,6 +176,7 @@ async function transact(
     }
   } catch (error) {
     await undoAll(drafts)
+    if (error instanceof StoreError) throw new UserError('FAILED', error.message, { cause: error })
     throw error
   }
 }
@@ -296,9 +298,18 @@ async function writeAll(
   geometry: Geometry,
 ): Promise<void> {
   const { uuid, created } = options
-  for (const { member } of drafts) {
-    const superblock = { uuid, created, memberIndex: member.index, geometry, generation: GENERATION_FIRST }
-    await writeSuperblocks(member, superblock)
+  const writes = drafts.map(({ member }) =>
+    writeSuperblocks(member, {
+      uuid,
+      created,
+      memberIndex: member.index,
+      geometry,
+      generation: GENERATION_FIRST,
+    }),
+  )
+  // All of them have ended before anything is undone.
+  for (const result of await Promise.allSettled(writes)) {
+    if (result.status === 'rejected') throw result.reason
   }
   const directories = drafts
     .filter(({ origin }) => origin === 'created')

@@ -243,10 +243,13 @@ function openDescriptor(index: number, path: string, mode: 'create' | 'existing'
       return openSync(path, constants.O_RDWR | constants.O_CREAT | constants.O_EXCL, 0o600)
     // O_NONBLOCK keeps a fifo or a drive without medium from hanging the program; regular I/O ignores it.
     const fd = openSync(path, constants.O_RDWR | constants.O_NONBLOCK)
-    const stats = fstatSync(fd)
+    const stats = fstatSync(fd, { bigint: true })
     if (stats.isFile()) return fd
     closeSync(fd)
     if (!stats.isBlockDevice()) throw new UserError('REFUSED', `${name} is neither a file nor a block device`)
+    // The kernel opens a read-only device for writing, and fails the writes.
+    if (deviceAttribute(stats.rdev, 'ro') === '1')
+      throw new UserError('REFUSED', `${name} is read-only: make it writable`)
     // Without O_CREAT, O_EXCL on a device claims it: EBUSY while it is mounted or belongs to another claimant.
     return openSync(path, constants.O_RDWR | constants.O_NONBLOCK | constants.O_EXCL)
   } catch (error) {
@@ -284,14 +287,20 @@ function openDescriptor(index: number, path: string, mode: 'create' | 'existing'
 
 /** stat says 0 for a device, and Node cannot seek: the kernel's own tables know the size; reading finds it without them. */
 function deviceSize(rdev: bigint, fd: number): number {
+  const sectors = deviceAttribute(rdev, 'size')
+  return sectors === undefined ? readableSize(fd) : Number(sectors) * SYSFS_SECTOR
+}
+
+/** Undefined where /sys is not mounted, or the device is gone. */
+function deviceAttribute(rdev: bigint, attribute: 'size' | 'ro'): string | undefined {
   // The encoding of dev_t: 12 + 20 bits of major, 8 + 24 bits of minor, interleaved.
   const major = ((rdev >> 8n) & 0xfffn) | ((rdev >> 32n) & ~0xfffn)
   const minor = (rdev & 0xffn) | ((rdev >> 12n) & ~0xffn)
   try {
-    return Number(readFileSync(`/sys/dev/block/${major}:${minor}/size`, 'latin1').trim()) * SYSFS_SECTOR
+    return readFileSync(`/sys/dev/block/${major}:${minor}/${attribute}`, 'latin1').trim()
   } catch (error) {
     if (systemCode(error) === undefined) throw error
-    return readableSize(fd)
+    return undefined
   }
 }
 

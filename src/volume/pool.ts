@@ -100,21 +100,23 @@ const paths = (directory: string) => ({
 /** @throws UserError EXISTS, USAGE, REFUSED or FAILED; what it had made is removed again */
 export async function createPool(directory: string, options: PoolCreateOptions = {}): Promise<PoolInfo> {
   const at = resolve(directory)
+  const files = paths(at)
   const existed = existsSync(at)
+  let lock: LockFile
   try {
     mkdirSync(at, { recursive: true, mode: 0o700 })
-    if (readdirSync(at).some((name) => name !== 'lock' && name !== 'lost+found')) {
-      throw new UserError('EXISTS', `${at} is not empty: give a new or an empty directory for the pool`)
-    }
+    assertEmpty(at) // before the lock file is made in somebody's directory
+    lock = acquireLock(files.lock, 'pool create')
   } catch (error) {
     if (error instanceof UserError) throw error
     throw new UserError('FAILED', `cannot make the pool directory ${at}: ${messageOf(error)}`, { cause: error })
   }
-  const files = paths(at)
-  let lock: LockFile | undefined
+  // From here on everything in the directory but the lock file is ours to remove.
   let undoMembers: (() => Promise<void>) | undefined
+  let mine = false
   try {
-    lock = acquireLock(files.lock, 'pool create')
+    assertEmpty(at) // under the lock: another creation may have finished in between
+    mine = true
     const uuid = randomUUID()
     const created = new Date()
     const made = await createMembers({
@@ -147,14 +149,21 @@ export async function createPool(directory: string, options: PoolCreateOptions =
     return poolInfo(at, record, made.geometry, made.members.map((m) => ({ ...m, state: 'online' as const })), undefined)
   } catch (error) {
     await undoMembers?.()
-    for (const path of [...files.journals, files.metadata]) rmSync(path, { recursive: true, force: true })
-    lock?.release()
-    rmSync(files.lock, { force: true })
-    if (!existed) rmSync(at, { recursive: true, force: true })
+    if (mine) {
+      for (const path of [...files.journals, files.metadata]) rmSync(path, { recursive: true, force: true })
+      // The lock file stays in a directory that was there before: whoever unlinks a lock lets a third process in.
+      if (!existed) rmSync(at, { recursive: true, force: true })
+    }
     if (error instanceof UserError) throw error
     throw new UserError('FAILED', `cannot create the pool ${at}: ${messageOf(error)}`, { cause: error })
   } finally {
-    lock?.release()
+    lock.release()
+  }
+}
+
+function assertEmpty(directory: string): void {
+  if (readdirSync(directory).some((name) => name !== 'lock' && name !== 'lost+found')) {
+    throw new UserError('EXISTS', `${directory} is not empty: give a new or an empty directory for the pool`)
   }
 }
 

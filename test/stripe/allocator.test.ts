@@ -95,6 +95,21 @@ describe('reserveRun', () => {
     allocator.checkInvariants()
   })
 
+  it.each([1, 2, 20])('allocation passes over a run of %d in its way, and counts right', (count) => {
+    const allocator = new SlotAllocator(101)
+    expect(allocator.reserve(50, count)).toBe(true)
+    expect(allocator.allocate(48)).toEqual(range(1, 48))
+    expect(allocator.allocate(1)).toEqual([49])
+    allocator.checkInvariants()
+    expect(allocator.allocate(3)).toEqual(range(50 + count, 3))
+    allocator.checkInvariants()
+    allocator.unreserve(50, count)
+    allocator.checkInvariants()
+    expect(allocator.allocate(allocator.freeCount)).toBeDefined()
+    expect(allocator.freeCount).toBe(0)
+    allocator.checkInvariants()
+  })
+
   it('uses a gap between other runs', () => {
     const allocator = new SlotAllocator(101)
     const first = allocator.reserveRun(20)

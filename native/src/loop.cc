@@ -1,0 +1,434 @@
+#include "loop.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+
+#include "assert.h"
+#include "connection.h"
+
+namespace nbd {
+
+namespace {
+
+constexpr int kEventsMax = 128;
+constexpr int kLingerCheckMilliseconds = 100;
+constexpr uint64_t kSpinMicroseconds = 50;
+constexpr int kSpinTurnsMax = 16;  // turns of polling before the other descriptors are looked at
+constexpr uint64_t kMemoryAlways = 64 * 1024;  // a connection that holds nothing may always have so much
+constexpr uint32_t kFreeUpcallsMax = 1024;
+
+void drainEventFd(int fd) {
+  uint64_t count;
+  while (::read(fd, &count, sizeof count) < 0 && errno == EINTR) {
+  }
+}
+
+}  // namespace
+
+void LoopJob::cancel() {
+  error.error = ECANCELED;
+  loop->postDone(this);
+}
+
+void ReadJob::run(WorkerContext& context) {
+  context.io.readWaiting(segments, &error);
+  loop->postDone(this);
+}
+
+void ReadJob::finished() {
+  connection->readFinished(this);
+  loop->endAccess(epoch);
+  delete this;
+}
+
+void AdviseJob::run(WorkerContext&) {
+  for (const Segment& segment : segments) {
+    posix_fadvise(loop->shared().layout.members[segment.member].fd, static_cast<off_t>(segment.offset),
+                  static_cast<off_t>(segment.length), POSIX_FADV_WILLNEED);
+  }
+  loop->postDone(this);
+}
+
+void AdviseJob::finished() {
+  connection->adviseFinished(this);
+  loop->endAccess(epoch);
+  delete this;
+}
+
+Loop::Loop(Shared& shared, uint32_t index)
+    : shared_(shared),
+      index_(index),
+      memberCounters_(new MemberCounters[shared.layout.members.size()]),
+      io_(shared.layout, memberCounters_.get()) {}
+
+Loop::~Loop() {
+  stop();
+  while (freeUpcalls_ != nullptr) {
+    Upcall* upcall = freeUpcalls_;
+    freeUpcalls_ = upcall->next;
+    delete upcall;
+  }
+  for (int fd : {epollFd_, wakeFd_, ringFd_}) {
+    if (fd >= 0) ::close(fd);
+  }
+}
+
+int Loop::start() {
+  epollFd_ = epoll_create1(EPOLL_CLOEXEC);
+  wakeFd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  ringFd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  if (epollFd_ < 0 || wakeFd_ < 0 || ringFd_ < 0) return errno;
+  for (int* fd : {&wakeFd_, &ringFd_}) {
+    epoll_event event{};
+    event.events = EPOLLIN;
+    event.data.ptr = fd;
+    if (epoll_ctl(epollFd_, EPOLL_CTL_ADD, *fd, &event) != 0) return errno;
+  }
+  // Signals are for the thread that runs JavaScript.
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  thread_ = std::thread([this] { run(); });
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  return 0;
+}
+
+void Loop::stop() {
+  if (!thread_.joinable()) return;
+  stopping_.store(true, std::memory_order_release);
+  signal();
+  thread_.join();
+}
+
+// --- from other threads --------------------------------------------------------------------------------------------
+
+void Loop::signal() {
+  if (signalled_.exchange(true, std::memory_order_acq_rel)) return;
+  const uint64_t one = 1;
+  while (::write(wakeFd_, &one, sizeof one) < 0 && errno == EINTR) {
+  }
+}
+
+void Loop::post(const LoopCommand& command) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    commands_.push_back(command);
+  }
+  signal();
+}
+
+void Loop::post(const std::vector<LoopCommand>& commands) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    commands_.insert(commands_.end(), commands.begin(), commands.end());
+  }
+  signal();
+}
+
+void Loop::postDone(LoopJob* job) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    job->nextDone = done_;
+    done_ = job;
+  }
+  signal();
+}
+
+// --- the thread ----------------------------------------------------------------------------------------------------
+
+uint64_t Loop::nowMicroseconds() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return static_cast<uint64_t>(now.tv_sec) * 1'000'000 + static_cast<uint64_t>(now.tv_nsec) / 1'000;
+}
+
+void Loop::run() {
+  pthread_setname_np(pthread_self(), "nbd-io");
+  epoll_event events[kEventsMax];
+  int spinTurns = 0;
+  while (!stopping_.load(std::memory_order_acquire)) {
+    spinner_ = nullptr;
+    if (touched_.empty() || ++spinTurns >= kSpinTurnsMax) {
+      spinTurns = 0;
+      const int timeout = !touched_.empty() ? 0 : lingering_.empty() ? -1 : kLingerCheckMilliseconds;
+      const int count = epoll_wait(epollFd_, events, kEventsMax, timeout);
+      NBD_ASSERT(count >= 0 || errno == EINTR);
+      for (int i = 0; i < count; i++) {
+        void* who = events[i].data.ptr;
+        if (who == &wakeFd_) {
+          drainEventFd(wakeFd_);
+        } else if (who == &ringFd_) {
+          drainEventFd(ringFd_);
+          uring_.reap(ringDone_);
+        } else {
+          static_cast<Connection*>(who)->onEvent(events[i].events);
+        }
+      }
+    }
+    if (signalled_.load(std::memory_order_acquire)) takeCommands();
+    for (ReadJob* job : ringDone_) job->finished();
+    ringDone_.clear();
+    takeTurns();
+    if (uring_.isOpen()) uring_.kick();
+    if (!events_.empty()) shared_.events.push(events_);
+    settleBarriers();
+    if (!lingering_.empty()) expireLingering();
+    for (Connection* connection : dead_) delete connection;
+    dead_.clear();
+    if (spinner_ != nullptr && touched_.empty()) spin();
+  }
+  finishStopping();
+}
+
+void Loop::takeTurns() {
+  std::swap(touched_, turning_);
+  for (Connection* connection : turning_) {
+    connection->touched = false;
+    connection->turn();
+  }
+  if (turning_.size() == 1 && turning_[0]->spinnable()) spinner_ = turning_[0];
+  turning_.clear();
+}
+
+/// After requests that came one by one, the next is expected soon: sleeping and waking would take longer than it does
+/// to come. Bounded, and given up for a while whenever it was in vain.
+void Loop::spin() {
+  Connection* connection = spinner_;
+  const uint64_t deadline = nowMicroseconds() + kSpinMicroseconds;
+  do {
+    if (connection->poll()) {
+      connection->spinEnded(true);
+      touch(connection);
+      return;
+    }
+    if (signalled_.load(std::memory_order_relaxed)) return;
+  } while (nowMicroseconds() < deadline);
+  connection->spinEnded(false);
+}
+
+void Loop::takeCommands() {
+  LoopJob* done;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    // Under the lock: what is posted from here on signals again.
+    signalled_.store(false, std::memory_order_release);
+    std::swap(commands_, taken_);
+    done = done_;
+    done_ = nullptr;
+  }
+  for (const LoopCommand& command : taken_) carryOut(command);
+  taken_.clear();
+  while (done != nullptr) {
+    LoopJob* next = done->nextDone;
+    done->finished();
+    done = next;
+  }
+}
+
+void Loop::carryOut(const LoopCommand& command) {
+  switch (command.kind) {
+    case LoopCommand::Kind::Add:
+      command.connection->place = connections_.size();
+      connections_.push_back(command.connection);
+      command.connection->attach();
+      return;
+    case LoopCommand::Kind::Complete:
+      command.upcall->connection->complete(command.upcall, command.error);
+      giveUpcall(command.upcall);
+      return;
+    case LoopCommand::Kind::CompleteStatus:
+      command.upcall->connection->completeStatus(command.upcall, *command.body);
+      delete command.body;
+      giveUpcall(command.upcall);
+      return;
+    case LoopCommand::Kind::Barrier:
+      // What is in flight now belongs to epochs up to this one.
+      barriers_.push_back({epochFirst_ + epochs_.size() - 1, command.barrier});
+      epochs_.push_back(0);
+      return;
+    case LoopCommand::Kind::CloseExport:
+      for (Connection* connection : connections_) {
+        if (&connection->target() == command.target) connection->end(SessionEnd::Closed);
+      }
+      return;
+    case LoopCommand::Kind::RetryMemory:
+      retryMemory();
+      return;
+  }
+}
+
+void Loop::touch(Connection* connection) {
+  if (connection->touched) return;
+  connection->touched = true;
+  touched_.push_back(connection);
+}
+
+void Loop::bury(Connection* connection) {
+  connections_[connection->place] = connections_.back();
+  connections_[connection->place]->place = connection->place;
+  connections_.pop_back();
+  for (std::vector<Connection*>* list : {&touched_, &hungry_, &lingering_}) {
+    list->erase(std::remove(list->begin(), list->end(), connection), list->end());
+  }
+  dead_.push_back(connection);
+}
+
+void Loop::linger(Connection* connection) { lingering_.push_back(connection); }
+
+void Loop::expireLingering() {
+  const uint64_t now = nowMicroseconds();
+  for (Connection* connection : lingering_) {
+    if (connection->deadline() != 0 && connection->deadline() <= now) connection->cut(SessionEnd::Closed);
+  }
+}
+
+// --- upcalls -------------------------------------------------------------------------------------------------------
+
+Upcall* Loop::takeUpcall() {
+  if (freeUpcalls_ == nullptr) return new Upcall;
+  Upcall* upcall = freeUpcalls_;
+  freeUpcalls_ = upcall->next;
+  freeUpcallCount_--;
+  *upcall = Upcall{};
+  return upcall;
+}
+
+void Loop::giveUpcall(Upcall* upcall) {
+  if (upcall->payload != nullptr) upcall->payload->release();
+  upcall->payload = nullptr;
+  if (freeUpcallCount_ >= kFreeUpcallsMax) {
+    delete upcall;
+    return;
+  }
+  upcall->next = freeUpcalls_;
+  freeUpcalls_ = upcall;
+  freeUpcallCount_++;
+}
+
+void Loop::queueUpcall(Upcall* upcall) {
+  Event event{};
+  event.kind = EventKind::Upcall;
+  event.upcall = upcall;
+  events_.push_back(event);
+}
+
+// --- accesses and barriers -----------------------------------------------------------------------------------------
+
+uint64_t Loop::beginAccess() {
+  epochs_.back()++;
+  return epochFirst_ + epochs_.size() - 1;
+}
+
+void Loop::endAccess(uint64_t epoch) {
+  NBD_ASSERT(epoch >= epochFirst_ && epochs_[epoch - epochFirst_] > 0);
+  epochs_[epoch - epochFirst_]--;
+}
+
+void Loop::settleBarriers() {
+  if (barriers_.empty()) return;
+  while (epochs_.size() > 1 && epochs_.front() == 0) {
+    epochs_.pop_front();
+    epochFirst_++;
+  }
+  while (!barriers_.empty() && barriers_.front().epoch < epochFirst_) {
+    shared_.pass(barriers_.front().barrier);
+    barriers_.pop_front();
+  }
+}
+
+void Loop::read(ReadJob* job) {
+  job->loop = this;
+  if (job->segments.empty()) {
+    postDone(job);
+    return;
+  }
+  if (!ringTried_ && shared_.engine == EngineKind::IoUring) {
+    ringTried_ = true;
+    uring_.open(shared_.layout, memberCounters_.get(), ringFd_);
+  }
+  if (uring_.isOpen()) {
+    uring_.submit(job);
+  } else {
+    shared_.waiting->submit(job);
+  }
+}
+
+void Loop::advise(AdviseJob* job) {
+  job->loop = this;
+  shared_.waiting->submit(job);
+}
+
+// --- memory --------------------------------------------------------------------------------------------------------
+
+bool Loop::reserveMemory(uint64_t bytes, bool holdsNothing) {
+  const uint64_t before = shared_.payloadInFlight.fetch_add(bytes, std::memory_order_relaxed);
+  if (before + bytes <= shared_.limits.payloadTotal || (holdsNothing && bytes <= kMemoryAlways)) return true;
+  shared_.payloadInFlight.fetch_sub(bytes, std::memory_order_relaxed);
+  return false;
+}
+
+void Loop::waitForMemory(Connection* connection) {
+  hungry_.push_back(connection);
+  shared_.memoryWaiters.fetch_or(1u << index_, std::memory_order_acq_rel);
+  // Somebody may have released between our attempt and the mark: try once more.
+  LoopCommand command{};
+  command.kind = LoopCommand::Kind::RetryMemory;
+  if (shared_.payloadInFlight.load(std::memory_order_acquire) == 0) post(command);
+}
+
+void Loop::releaseMemory(uint64_t bytes) {
+  const uint64_t before = shared_.payloadInFlight.fetch_sub(bytes, std::memory_order_acq_rel);
+  NBD_ASSERT(before >= bytes);
+  const uint32_t waiters = shared_.memoryWaiters.load(std::memory_order_acquire);
+  if (waiters == 0) return;
+  LoopCommand command{};
+  command.kind = LoopCommand::Kind::RetryMemory;
+  for (uint32_t i = 0; i < shared_.loops.size(); i++) {
+    if (((waiters >> i) & 1) != 0) shared_.loops[i]->post(command);
+  }
+}
+
+void Loop::retryMemory() {
+  shared_.memoryWaiters.fetch_and(~(1u << index_), std::memory_order_acq_rel);
+  std::vector<Connection*> waiting;
+  std::swap(waiting, hungry_);
+  for (Connection* connection : waiting) {
+    connection->memoryAvailable();
+    touch(connection);
+  }
+}
+
+// --- stop ----------------------------------------------------------------------------------------------------------
+
+/// The process or this environment goes away: connections are cut, upcalls will not be answered. Only what the kernel
+/// still writes into our memory is waited for; the pools have been stopped before.
+void Loop::finishStopping() {
+  while (uring_.inFlight() > 0) {
+    epoll_event event;
+    epoll_wait(epollFd_, &event, 1, 10);
+    uring_.reap(ringDone_);
+  }
+  takeCommands();
+  for (ReadJob* job : ringDone_) job->finished();
+  ringDone_.clear();
+  for (Connection* connection : connections_) connection->abandon();
+  for (Connection* connection : connections_) delete connection;
+  for (Connection* connection : dead_) delete connection;
+  connections_.clear();
+  dead_.clear();
+  if (!events_.empty()) shared_.events.push(events_);
+  while (!barriers_.empty()) {
+    shared_.pass(barriers_.front().barrier);
+    barriers_.pop_front();
+  }
+}
+
+}  // namespace nbd

@@ -1,0 +1,118 @@
+/**
+ * The servers that are compared. Each serves one disk of the same size from the same file system over a unix socket,
+ * with every block of it written before and in the page cache: none has an advantage in what the disk has to do.
+ */
+import { mkdirSync, writeFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { runFio } from './fio.ts'
+import { Background, runProgram } from './processes.ts'
+
+export interface Server {
+  readonly name: string
+  readonly ours: boolean
+  readonly uri: string
+  readonly pid: number
+  stop(): Promise<void>
+}
+
+/** dist/cli/main.js, from dist/bench/test/bench. */
+const CLI = fileURLToPath(new URL('../../../cli/main.js', import.meta.url))
+export const EXPORT = 'disk'
+
+/** Runs a command of the CLI and returns its JSON. */
+export async function fullstripe(args: readonly string[]): Promise<{ json: unknown; seconds: number }> {
+  const { output, seconds } = await runProgram(process.execPath, [CLI, ...args, '--json'])
+  return { json: JSON.parse(output), seconds }
+}
+
+export function serve(pool: string, datapath: 'native' | 'portable'): Background {
+  return new Background(process.execPath, [
+    CLI,
+    'serve',
+    pool,
+    '--datapath',
+    datapath,
+    '--log-level',
+    'error',
+  ])
+}
+
+export const controlSocket = (pool: string) => join(pool, 'control.sock')
+export const nbdUri = (path: string) => `nbd+unix:///${EXPORT}?socket=${path}`
+
+export async function startOurs(
+  directory: string,
+  datapath: 'native' | 'portable',
+  size: number,
+): Promise<Server> {
+  const pool = join(directory, datapath)
+  await fullstripe(['pool', 'create', pool])
+  const daemon = serve(pool, datapath)
+  try {
+    await daemon.listening(controlSocket(pool))
+    await fullstripe(['volume', 'create', EXPORT, '--size', String(size), '--pool', pool])
+    return await filled(`fullstripe ${datapath}`, true, daemon, join(pool, 'nbd.sock'), size)
+  } catch (error) {
+    await daemon.stop()
+    throw error
+  }
+}
+
+type Start = (directory: string, file: string, socket: string) => Background
+
+const PEERS: Record<string, Start> = {
+  nbdkit: (_, file, socket) => new Background('nbdkit', ['-f', '-U', socket, '-e', EXPORT, 'file', file]),
+  'qemu-nbd': (_, file, socket) =>
+    new Background('qemu-nbd', [
+      ...['--format=raw', '--cache=writeback', '--aio=threads', '--persistent', '--shared=8'],
+      ...['-x', EXPORT, '-k', socket, file],
+    ]),
+  'nbd-server': (directory, file, socket) => {
+    const config = join(directory, 'config')
+    const generic = [
+      '[generic]',
+      `unixsock = ${socket}`,
+      'listenaddr = 127.0.0.1',
+      'port = 0',
+      'allowlist = true',
+    ]
+    writeFileSync(config, [...generic, `[${EXPORT}]`, `exportname = ${file}`, ''].join('\n'))
+    return new Background('nbd-server', ['-d', '-C', config])
+  },
+}
+export const PEER_NAMES = Object.keys(PEERS)
+
+export async function startPeer(directory: string, name: string, size: number): Promise<Server> {
+  const start = PEERS[name]
+  if (start === undefined) throw new Error(`no server ${name}`)
+  const own = join(directory, name)
+  mkdirSync(own)
+  const file = join(own, 'disk')
+  writeFileSync(file, '')
+  await runProgram('truncate', ['-s', String(size), file])
+  const socket = join(own, 'nbd.sock')
+  const background = start(own, file, socket)
+  try {
+    await background.listening(socket)
+    return await filled(name, false, background, socket, size)
+  } catch (error) {
+    await background.stop()
+    throw error
+  }
+}
+
+/** Writes the whole disk through the server and reads it back once: preallocated, cached. */
+async function filled(
+  name: string,
+  ours: boolean,
+  background: Background,
+  socket: string,
+  size: number,
+): Promise<Server> {
+  const uri = nbdUri(socket)
+  for (const pattern of ['write', 'read'] as const) {
+    await runFio(uri, { pattern, block: 2 ** 20, depth: 8, connections: 1 }, { size })
+  }
+  return { name, ours, uri, pid: background.pid, stop: () => background.stop() }
+}
