@@ -85,14 +85,13 @@ void Datapath::stop() {
   pendingAt_ = 0;
   for (auto& [id, target] : exports_) delete target->tables.load();
   exports_.clear();
-  closed_.clear();
 }
 
 // --- exports and sessions ------------------------------------------------------------------------------------------
 
 void Datapath::openExport(uint32_t id, uint64_t stripeSize, uint32_t formatUnit, uint8_t fill, const Tables& tables) {
   NBD_ASSERT(exports_.find(id) == exports_.end());
-  std::unique_ptr<Export> target(new Export);
+  std::shared_ptr<Export> target(new Export);
   target->id = id;
   target->stripeSize = stripeSize;
   target->formatUnit = formatUnit;
@@ -135,9 +134,7 @@ void Datapath::finishClose(Export& target) {
   event.value = 1;
   pending_.push_back(event);
   delete target.tables.exchange(nullptr);
-  auto found = exports_.find(target.id);
-  closed_.push_back(std::move(found->second));
-  exports_.erase(found);
+  exports_.erase(target.id);
 }
 
 // --- commands ------------------------------------------------------------------------------------------------------
@@ -212,7 +209,7 @@ const double* Datapath::submitOne(const double* at, const double* end) {
     case kFormatUnit: {
       FormatOrder order;
       order.tag = take();
-      order.target = exports_.at(static_cast<uint32_t>(take())).get();
+      order.target = exports_.at(static_cast<uint32_t>(take()));
       order.stripe = static_cast<uint64_t>(take());
       for (size_t left = static_cast<size_t>(take()); left > 0; left--) {
         order.slots.push_back(static_cast<uint32_t>(take()));
@@ -231,7 +228,7 @@ const double* Datapath::submitOne(const double* at, const double* end) {
       const double tag = take();
       const Upcall& upcall = *outstanding(take());
       const uint64_t stripe = static_cast<uint64_t>(take());
-      submitPart(shared_, tag, *upcall.target, stripe, static_cast<uint32_t>(take()), overlayOf(upcall));
+      submitPart(shared_, tag, exports_.at(upcall.target->id), stripe, static_cast<uint32_t>(take()), overlayOf(upcall));
       return at;
     }
     case kSync:

@@ -23,7 +23,7 @@
 namespace nbd {
 
 constexpr size_t kRecordWords = 10;
-constexpr uint32_t kLoopsMax = 32;
+constexpr uint32_t kLoopsMax = 64;
 constexpr uint32_t kContextsMax = 64;
 
 enum class EngineChoice : uint8_t { Auto, IoUring, Threads };
@@ -75,8 +75,7 @@ class Datapath {
 
   Shared shared_;
   bool stopped_ = false;
-  std::unordered_map<uint32_t, std::unique_ptr<Export>> exports_;
-  std::vector<std::unique_ptr<Export>> closed_;  // tasks may still name them; freed with the datapath
+  std::unordered_map<uint32_t, std::shared_ptr<Export>> exports_;  // tasks hold on to theirs
   std::vector<Upcall*> upcalls_;                 // by index; null = free
   std::vector<uint32_t> freeIndexes_;
   std::vector<uint32_t> sessionLoops_;  // sessions an I/O thread has

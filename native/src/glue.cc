@@ -87,7 +87,7 @@ Napi::Value open(const Napi::CallbackInfo& info) {
   limits.replyBytesQueued = static_cast<uint64_t>(get("replyBytesQueued"));
   limits.statusExtentsMax = static_cast<uint32_t>(get("statusExtentsMax"));
   const int64_t threads = get("threads");
-  if (threads < 1 || threads > nbd::kLoopsMax) return fail(env, "node-nbd: 1 to 32 threads");
+  if (threads < 1 || threads > nbd::kLoopsMax) return fail(env, "node-nbd: 1 to 64 threads");
   const auto engine = static_cast<nbd::EngineChoice>(get("engine"));
 
   Handle* handle = new Handle;

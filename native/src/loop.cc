@@ -377,7 +377,7 @@ bool Loop::reserveMemory(uint64_t bytes, bool holdsNothing) {
 
 void Loop::waitForMemory(Connection* connection) {
   hungry_.push_back(connection);
-  shared_.memoryWaiters.fetch_or(1u << index_, std::memory_order_acq_rel);
+  shared_.memoryWaiters.fetch_or(uint64_t{1} << index_, std::memory_order_acq_rel);
   // Somebody may have released between our attempt and the mark: try once more.
   LoopCommand command{};
   command.kind = LoopCommand::Kind::RetryMemory;
@@ -387,7 +387,7 @@ void Loop::waitForMemory(Connection* connection) {
 void Loop::releaseMemory(uint64_t bytes) {
   const uint64_t before = shared_.payloadInFlight.fetch_sub(bytes, std::memory_order_acq_rel);
   NBD_ASSERT(before >= bytes);
-  const uint32_t waiters = shared_.memoryWaiters.load(std::memory_order_acquire);
+  const uint64_t waiters = shared_.memoryWaiters.load(std::memory_order_acquire);
   if (waiters == 0) return;
   LoopCommand command{};
   command.kind = LoopCommand::Kind::RetryMemory;
@@ -397,7 +397,7 @@ void Loop::releaseMemory(uint64_t bytes) {
 }
 
 void Loop::retryMemory() {
-  shared_.memoryWaiters.fetch_and(~(1u << index_), std::memory_order_acq_rel);
+  shared_.memoryWaiters.fetch_and(~(uint64_t{1} << index_), std::memory_order_acq_rel);
   std::vector<Connection*> waiting;
   std::swap(waiting, hungry_);
   for (Connection* connection : waiting) {

@@ -151,16 +151,17 @@ class FormatTask final : public PolicyTask {
 
 class PartTask final : public PolicyTask {
  public:
-  PartTask(Shared& shared, double tag, Export& target, uint64_t stripe, uint32_t slot, OverlayRef overlay)
-      : PolicyTask(shared, tag), target_(target), stripe_(stripe), slot_(slot), overlay_(overlay) {}
+  PartTask(Shared& shared, double tag, std::shared_ptr<Export> target, uint64_t stripe, uint32_t slot,
+           OverlayRef overlay)
+      : PolicyTask(shared, tag), target_(std::move(target)), stripe_(stripe), slot_(slot), overlay_(overlay) {}
   ~PartTask() override {
     if (overlay_.payload != nullptr) overlay_.payload->release();
   }
 
   void run(WorkerContext& context) override {
-    const uint64_t start = stripe_ * target_.stripeSize;
+    const uint64_t start = stripe_ * target_->stripeSize;
     const uint64_t from = std::max(start, overlay_.offset);
-    const uint64_t to = std::min(start + target_.stripeSize, overlay_.offset + overlay_.length);
+    const uint64_t to = std::min(start + target_->stripeSize, overlay_.offset + overlay_.length);
     IoError error;
     if (from < to) {
       Segments& segments = context.segments;
@@ -178,7 +179,7 @@ class PartTask final : public PolicyTask {
   }
 
  private:
-  Export& target_;
+  const std::shared_ptr<Export> target_;
   const uint64_t stripe_;
   const uint32_t slot_;
   const OverlayRef overlay_;
@@ -297,8 +298,9 @@ void submitFormat(Shared& shared, FormatOrder order) {
   shared.writing->submit(new FormatTask(shared, std::move(order)));
 }
 
-void submitPart(Shared& shared, double tag, Export& target, uint64_t stripe, uint32_t slot, OverlayRef overlay) {
-  shared.writing->submit(new PartTask(shared, tag, target, stripe, slot, overlay));
+void submitPart(Shared& shared, double tag, std::shared_ptr<Export> target, uint64_t stripe, uint32_t slot,
+                OverlayRef overlay) {
+  shared.writing->submit(new PartTask(shared, tag, std::move(target), stripe, slot, overlay));
 }
 
 void submitSlot(Shared& shared, double tag, bool write, uint32_t slot, uint64_t offset, uint8_t* data,

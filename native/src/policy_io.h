@@ -13,7 +13,7 @@ struct OverlayRef {
 };
 
 struct FormatOrder {
-  Export* target = nullptr;
+  std::shared_ptr<Export> target;
   double tag = 0;
   uint64_t stripe = 0;
   std::vector<uint32_t> slots;
@@ -23,7 +23,7 @@ struct FormatOrder {
 
 void submitFormat(Shared& shared, FormatOrder order);
 /// Writes the part of an upcall that lies in `stripe` to `slot`.
-void submitPart(Shared& shared, double tag, Export& target, uint64_t stripe, uint32_t slot, OverlayRef overlay);
+void submitPart(Shared& shared, double tag, std::shared_ptr<Export> target, uint64_t stripe, uint32_t slot, OverlayRef overlay);
 void submitSlot(Shared& shared, double tag, bool write, uint32_t slot, uint64_t offset, uint8_t* data, uint64_t length);
 void submitSync(Shared& shared, double tag);
 void submitPunch(Shared& shared, double tag, uint32_t slot, uint32_t count);

@@ -112,7 +112,7 @@ struct Shared {
   std::unique_ptr<WorkPool> waiting;  // reads, syncs, punches: may wait for a disk
   std::unique_ptr<WorkPool> writing;  // full-stripe writes and parts: bound by the page cache
   std::atomic<uint64_t> payloadInFlight{0};
-  std::atomic<uint32_t> memoryWaiters{0};
+  std::atomic<uint64_t> memoryWaiters{0};  // one bit an I/O thread
 
   void pass(Barrier* barrier);
 };

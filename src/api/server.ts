@@ -34,6 +34,7 @@ export function createApi(daemon: Daemon): FastifyInstance {
     logController: new LogController({ disableRequestLogging: true }),
     bodyLimit: LIMITS.apiBodyBytesMax,
     exposeHeadRoutes: false,
+    frameworkErrors: (error, request, reply) => answerError(error, request, reply),
     requestTimeout: 30_000,
     forceCloseConnections: true,
     routerOptions: { maxParamLength: 3 * LIMITS.volumeNameBytesMax },

@@ -5,7 +5,6 @@
 import { existsSync } from 'node:fs'
 import { type IncomingMessage, request } from 'node:http'
 import { resolve } from 'node:path'
-import { createInterface } from 'node:readline'
 import { controlPath } from '../api/control-path.ts'
 import type { ErrorBody } from '../api/types.ts'
 import { messageOf, systemCode, UserError } from '../base/errors.ts'
@@ -58,13 +57,20 @@ export class Client {
       if (signal.aborted) return
       throw error
     }
-    // A stream that breaks off ends like one that is over: the caller knows whether it wanted that.
-    response.once('error', () => undefined)
+    let rest = ''
+    response.setEncoding('utf8')
     try {
-      for await (const line of createInterface({ input: response, crlfDelay: Number.POSITIVE_INFINITY })) {
-        const value: T = JSON.parse(line)
-        yield value
+      for await (const chunk of response) {
+        const lines = `${rest}${chunk}`.split('\n')
+        rest = lines.pop() ?? ''
+        for (const line of lines) {
+          const value: T = JSON.parse(line)
+          yield value
+        }
       }
+    } catch (error) {
+      // A stream that breaks off ends like one that is over: the caller knows whether it wanted that.
+      if (systemCode(error) !== 'ECONNRESET' && !signal.aborted) throw error
     } finally {
       response.destroy()
     }

@@ -68,7 +68,7 @@ function statusLines(status: StatusInfo, before: StatusInfo | undefined, output:
     ],
     [
       'pool',
-      `${pool.directory}: ${approximateSize(pool.used)} of ${approximateSize(pool.capacity)} used (${percent(pool.used, pool.capacity)}), ${plural(pool.members.length, 'member')}`,
+      `${pool.directory}: ${approximateSize(pool.used)} of ${approximateSize(pool.capacity)} used (${percent(pool.used, pool.capacity)}), ${plural(pool.members.length, 'member')}${diskText(pool)}`,
     ],
     ...failed.map((member): [string, string] => ['FAILED', `member ${member.index}: ${member.path}`]),
     ['clients', plural(status.sessions, 'connection')],
@@ -81,6 +81,13 @@ function statusLines(status: StatusInfo, before: StatusInfo | undefined, output:
   if (formatting.length > 0) lines.push('', 'formatting')
   for (const volume of formatting) lines.push(`  ${formatterBar(volume, output.columns - 2, output.unicode)}`)
   return lines
+}
+
+/** A sparse pool promises more than the file system below it may have. */
+function diskText(pool: StatusInfo['pool']): string {
+  return pool.fileSystemAvailable === null
+    ? ''
+    : `, ${approximateSize(pool.fileSystemAvailable)} free on disk`
 }
 
 const LEADING = [

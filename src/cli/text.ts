@@ -76,7 +76,10 @@ export function percent(part: number, whole: number): string {
   if (whole <= 0) return '-'
   if (part >= whole) return '100 %'
   if (part <= 0) return '0 %'
-  return `${Math.min(99.9, Math.max(0.1, (100 * part) / whole)).toFixed(1)} %`
+  const value = (100 * part) / whole
+  if (value < 0.1) return '<0.1 %'
+  if (value > 99.9) return '>99.9 %'
+  return `${value.toFixed(1)} %`
 }
 
 /** 93 → `1m33s`, 7384 → `2h03m`; seconds in. */

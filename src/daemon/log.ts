@@ -13,7 +13,7 @@ export function createLog(level: LogLevel, terminal: boolean): pino.Logger {
 }
 
 /** Details of every line, which say nothing new to whoever sits at the terminal. */
-const HIDDEN = new Set(['pid', 'hostname'])
+const HIDDEN = new Set(['pid', 'hostname', 'event', 'object', 'pool'])
 
 /** `12:43:01 warn  pool is 91 % full (object=pool)` */
 export function readable(line: string): string {

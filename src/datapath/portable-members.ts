@@ -325,7 +325,7 @@ function memberError(
   cause: unknown,
 ): StoreError {
   const code = systemCode(cause)
-  const kind = code === 'ENOSPC' || code === 'EDQUOT' ? 'NO_SPACE' : 'MEMBER_IO'
+  const kind = code === 'ENOSPC' || code === 'EDQUOT' || code === 'EFBIG' ? 'NO_SPACE' : 'MEMBER_IO'
   const message = `member ${member}: ${what} of ${length} bytes at offset ${position} failed: ${messageOf(cause)}`
   return new StoreError(kind, message, { cause })
 }

@@ -140,7 +140,10 @@ export class PortableDatapath implements Datapath, ConnectionHost {
     const { stripeSize } = spec
     const { slots, baseSlots, stripe } = request
     const unitOffset = stripe * stripeSize
-    assert(slots.length > 0 && slots.length * stripeSize <= LIMITS.formatUnitBytesMax, 'slots of a full-stripe write')
+    assert(
+      slots.length > 0 && slots.length * stripeSize <= LIMITS.formatUnitBytesMax,
+      'slots of a full-stripe write',
+    )
     const used = request.overlays.map((id) => this.#pending(id))
     const overlays: Overlay[] = used.map((pending) => {
       assert(pending.kind !== 'sync' && pending.kind !== 'status', 'an overlay is a write, a trim or a zero')

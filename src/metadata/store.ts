@@ -42,6 +42,9 @@ export class MetadataStore {
       encoding: 'binary',
       maxDbs: 8,
       overlappingSync: false, // a commit that resolves is on the disk
+      // Transactions are exactly our batches. (With event-turn batching lmdb keeps a promise of its own a batch, which
+      // nobody can catch when a commit fails.)
+      eventTurnBatching: false,
       mapSize: 1 << 26, // address space to begin with; LMDB grows it
     })
     this.#catalog = this.#root.openDB<Buffer, Key>({ name: 'catalog', encoding: 'binary' })
@@ -117,46 +120,47 @@ export class MetadataStore {
    * @throws StoreError NO_SPACE or MEMBER_IO; nothing of it was stored then
    */
   async commit(commit: Commit): Promise<void> {
-    try {
-      await this.#root.batch(() => {
-        if (commit.pool !== undefined) this.#put('pool', commit.pool)
-        if (commit.nextId !== undefined) this.#put('ids', { next: commit.nextId })
-        if (commit.sequence !== undefined) this.#put('checkpoint', { sequence: commit.sequence })
-        for (const volume of commit.putVolumes ?? []) this.#put(['volume', volume.id], volume)
-        for (const volume of commit.dropVolumes ?? []) {
-          this.#catalog.remove(['volume', volume.id])
-          this.#dropPages(volume.medium)
-        }
-        for (const page of commit.pages ?? []) {
-          const key: Key = [page.medium, KIND_NUMBER[page.kind], page.index]
-          if (page.bytes === undefined) this.#pages.remove(key)
-          else this.#pages.put(key, sealed(page.bytes))
-        }
-      })
-    } catch (error) {
-      throw commitError(error)
-    }
+    await this.#transaction((settled) => {
+      const put = (key: Key, value: unknown): void => {
+        settled.push(this.#catalog.put(key, sealed(Buffer.from(JSON.stringify(value)))))
+      }
+      if (commit.pool !== undefined) put('pool', commit.pool)
+      if (commit.nextId !== undefined) put('ids', { next: commit.nextId })
+      if (commit.sequence !== undefined) put('checkpoint', { sequence: commit.sequence })
+      for (const volume of commit.putVolumes ?? []) put(['volume', volume.id], volume)
+      for (const volume of commit.dropVolumes ?? []) {
+        settled.push(this.#catalog.remove(['volume', volume.id]))
+        this.#dropPages(volume.medium, settled)
+      }
+      for (const page of commit.pages ?? []) {
+        const key: Key = [page.medium, KIND_NUMBER[page.kind], page.index]
+        settled.push(page.bytes === undefined ? this.#pages.remove(key) : this.#pages.put(key, sealed(page.bytes)))
+      }
+    })
   }
 
   /** Removes the pages of media that no volume names (left by nobody; `check --repair` uses it). */
   async dropMedium(medium: number): Promise<void> {
-    try {
-      await this.#root.batch(() => this.#dropPages(medium))
-    } catch (error) {
-      throw commitError(error)
-    }
+    await this.#transaction((settled) => this.#dropPages(medium, settled))
   }
 
   async close(): Promise<void> {
     await this.#root.close()
   }
 
-  #dropPages(medium: number): void {
-    for (const key of this.#pages.getKeys({ start: [medium, 0, 0], end: [medium + 1, 0, 0] })) this.#pages.remove(key)
+  #dropPages(medium: number, settled: Promise<unknown>[]): void {
+    for (const key of this.#pages.getKeys({ start: [medium, 0, 0], end: [medium + 1, 0, 0] })) {
+      settled.push(this.#pages.remove(key))
+    }
   }
 
-  #put(key: Key, value: unknown): void {
-    this.#catalog.put(key, sealed(Buffer.from(JSON.stringify(value))))
+  /** @param operations queues puts and removals, and hands over their promises: none may be left to reject unheard */
+  async #transaction(operations: (settled: Promise<unknown>[]) => void): Promise<void> {
+    const settled: Promise<unknown>[] = []
+    const done = this.#root.batch(() => operations(settled))
+    const results = await Promise.allSettled([done, ...settled])
+    const failed = results.find((result) => result.status === 'rejected')
+    if (failed !== undefined) throw await commitError(failed.reason)
   }
 
   #get<T>(key: Key): T | undefined {
@@ -184,10 +188,21 @@ function decodeJson<T>(value: Buffer, what: string): T {
   return JSON.parse(checked(value, `record ${what}`).toString()) as T
 }
 
-function commitError(error: unknown): StoreError {
-  const text = messageOf(error)
-  const full = systemCode(error) === 'ENOSPC' || /no space|MAP_FULL|ENOSPC/i.test(text)
-  return new StoreError(full ? 'NO_SPACE' : 'MEMBER_IO', `metadata: commit failed: ${text}`, { cause: error })
+/** lmdb tells why in a promise of its own, which it rejects a moment after the commit's. */
+const REASON_MS_MAX = 100
+
+async function commitError(error: unknown): Promise<StoreError> {
+  let reason: unknown = error
+  if (error instanceof Error && 'commitError' in error && error.commitError instanceof Promise) {
+    const told = error.commitError.then(
+      () => error,
+      (why: unknown) => why,
+    )
+    reason = await Promise.race([told, new Promise((resolve) => setTimeout(() => resolve(error), REASON_MS_MAX))])
+  }
+  const text = messageOf(reason)
+  const full = systemCode(reason) === 'ENOSPC' || /no space|MAP_FULL|ENOSPC/i.test(text)
+  return new StoreError(full ? 'NO_SPACE' : 'MEMBER_IO', `metadata: commit failed: ${text}`, { cause: reason })
 }
 
 const PROBE = `

@@ -1,3 +1,4 @@
+import { openSync } from 'node:fs'
 import { afterEach, describe, expect, it } from 'vitest'
 import type { ReplyMode } from '../../src/datapath/datapath.ts'
 import { closeRigs, pattern, Rig } from '../support/datapath-rig.ts'
@@ -207,23 +208,30 @@ describe.each(implementations)('reads: $name', (implementation) => {
     expect(rig.policy.seen).toEqual([])
   })
 
-  it('answers a failing member with EIO, tells nobody else, and goes on', async () => {
-    const rig = await Rig.open(implementation, { stripes: 4 })
-    rig.formatAll()
-    // A slot whose position does not fit a file offset: every read of it fails with EINVAL or EFBIG.
-    rig.setStripe(1, 2, true)
-    const client = await rig.connect('simple')
-    const directoryRig = await Rig.open(implementation, { stripes: 4, dataOffset: 2 ** 53 - 2 ** 30 })
-    directoryRig.formatAll()
-    const failing = await directoryRig.connect('structured')
-    const reply = await failing.request({ command: CMD.READ, offset: 0, length: 4096 })
-    // Reading far past the end is zeros for the kernel, so this one does succeed; writing there cannot.
-    expect([0, 5]).toContain(reply.errno)
-    const write = await failing.request({ command: CMD.WRITE, offset: 0, payload: Buffer.alloc(4096) })
-    expect([5, 28]).toContain(write.errno)
-    expect((await failing.request({ command: CMD.READ, offset: 4096, length: 1 })).errno).toBe(reply.errno)
-    expect((await client.read(0, 4096)).length).toBe(4096)
-  })
+  it.each(modes)(
+    'answers with EIO when a member cannot be read, and the session goes on (%s)',
+    async (mode) => {
+      const openMember = (path: string): number => openSync(path, 'w') // not for reading
+      const rig = await Rig.open(implementation, { stripes: 400, members: 2, openMember })
+      for (let stripe = 4; stripe < 400; stripe++) rig.setStripe(stripe, stripe + 1, true)
+      const client = await rig.connect(mode)
+      for (const [offset, length] of [
+        [8 * rig.stripeSize, 100],
+        [2 * rig.stripeSize, 8 * rig.stripeSize],
+        [0, 400 * rig.stripeSize], // far too much to be read in one piece
+      ] as const) {
+        const reply = await client.request({ command: CMD.READ, offset, length })
+        expect(reply.errno).toBe(5)
+        expect((await client.read(0, 4 * rig.stripeSize)).equals(Buffer.alloc(4 * rig.stripeSize))).toBe(true)
+      }
+      expect(rig.datapath.exportCounters(rig.exportId).errors).toBe(3)
+      await expect(rig.datapath.readSlot(9, 100, Buffer.alloc(100))).rejects.toMatchObject({
+        name: 'StoreError',
+        code: 'MEMBER_IO',
+        message: expect.stringMatching(/member 1.*offset/),
+      })
+    },
+  )
 })
 
 function contentOf(

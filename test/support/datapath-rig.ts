@@ -27,6 +27,8 @@ export interface RigOptions {
   readonly size?: number // bytes; default: all stripes whole
   readonly formatUnit?: number // stripes; default 1
   readonly fill?: number
+  /** How members are opened; default: a new file for reading and writing. */
+  readonly openMember?: (path: string) => number
 }
 
 export interface ConnectOptions {
@@ -82,8 +84,9 @@ export class Rig {
     const members = options.members ?? 1
     const chunkSize = options.chunkSize ?? 4096
     this.directory = mkdtempSync(join(tmpdir(), 'fullstripe-contract-'))
+    const openMember = options.openMember ?? ((path: string) => openSync(path, 'w+'))
     const memberFds = Array.from({ length: members }, (_, index) => {
-      return openSync(join(this.directory, `member-${index}`), 'w+')
+      return openMember(join(this.directory, `member-${index}`))
     })
     const dataOffset = options.dataOffset ?? 8192
     this.layout = { memberFds, dataMembers: members, parityMembers: 0, chunkSize, dataOffset }

@@ -1,0 +1,66 @@
+import { writeFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { afterAll, describe, expect, it } from 'vitest'
+import { checkConfig, readConfigFile, resolveConfig } from '../../src/daemon/config.ts'
+import { temporaryDirectory } from '../support/daemon.ts'
+
+const directory = temporaryDirectory()
+afterAll(() => directory.remove())
+
+describe('the configuration', () => {
+  it('has defaults', () => {
+    expect(resolveConfig('/srv/pool', {})).toEqual({
+      pool: '/srv/pool',
+      listen: ['nbd+unix:///?socket=/srv/pool/nbd.sock'],
+      datapath: 'auto',
+      threads: undefined,
+      logLevel: 'info',
+    })
+  })
+
+  it('takes the command line over the file over the defaults', () => {
+    const file = checkConfig({ threads: 2, datapath: 'native', listen: ['nbd://127.0.0.1:1'] }, 'file')
+    const config = resolveConfig('/srv/pool', { datapath: 'portable' }, file)
+    expect(config).toMatchObject({
+      threads: 2,
+      datapath: 'portable',
+      listen: ['nbd://127.0.0.1:1'],
+      logLevel: 'info',
+    })
+  })
+
+  it('takes one URI without a list', () => {
+    expect(checkConfig({ listen: 'nbd://localhost' }, 'file')).toEqual({ listen: ['nbd://localhost'] })
+  })
+
+  it.each([
+    [
+      'an unknown key',
+      { treads: 2 },
+      /file: unknown key "treads"; the keys are listen, datapath, threads and log-level/,
+    ],
+    ['no object', [], /must hold one JSON object/],
+    ['null', null, /must hold one JSON object/],
+    ['text for a number', { threads: '2' }, /threads must be a whole number from 1 to 64, not "2"/],
+    ['no threads', { threads: 0 }, /threads must be a whole number from 1 to 64, not 0/],
+    ['half a thread', { threads: 1.5 }, /threads must be/],
+    ['another datapath', { datapath: 'fast' }, /datapath must be one of auto, native, portable, not "fast"/],
+    ['another level', { 'log-level': 'loud' }, /log-level must be one of/],
+    ['no URI', { listen: [] }, /listen must be a list of NBD URIs/],
+    ['numbers for URIs', { listen: [10809] }, /listen must be a list of NBD URIs/],
+  ])('refuses %s', (_, value, message) => {
+    expect(() => checkConfig(value, 'file')).toThrow(message)
+  })
+
+  it('reads files, and names the one that is missing or no JSON', () => {
+    const good = join(directory.path, 'good.json')
+    const bad = join(directory.path, 'bad.json')
+    writeFileSync(good, '{"threads": 3}')
+    writeFileSync(bad, '{threads: 3}')
+    expect(readConfigFile(good)).toEqual({ threads: 3 })
+    expect(() => readConfigFile(bad)).toThrow(`${bad} is not JSON`)
+    expect(() => readConfigFile(join(directory.path, 'none'))).toThrow(
+      /cannot read the configuration file .*ENOENT/,
+    )
+  })
+})

@@ -1,0 +1,22 @@
+import { spawnSync } from 'node:child_process'
+import { readdirSync, statSync } from 'node:fs'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+
+/** Tests that start processes run dist/: it is built here, once a run, where a source is newer. */
+const root = fileURLToPath(new URL('../..', import.meta.url))
+
+export default function build(): void {
+  const built = statSync(join(root, 'dist/cli/main.js'), { throwIfNoEntry: false })?.mtimeMs ?? 0
+  if (newest(join(root, 'src')) < built) return
+  const { status, stdout, stderr } = spawnSync('node_modules/.bin/tsc', ['-p', 'tsconfig.build.json'], {
+    cwd: root,
+    encoding: 'utf8',
+  })
+  if (status !== 0) throw new Error(`src/ does not compile:\n${stdout}${stderr}`)
+}
+
+function newest(directory: string): number {
+  const entries = readdirSync(directory, { recursive: true, withFileTypes: true })
+  return Math.max(...entries.map((entry) => statSync(join(entry.parentPath, entry.name)).mtimeMs))
+}
