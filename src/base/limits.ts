@@ -35,6 +35,8 @@ export const LIMITS = {
   handshakeMsMax: 10_000,
 
   connectionsMax: 4096,
+  /** Silence on a TCP connection after which the system asks whether the other end is still there. */
+  keepAliveMs: 60_000,
   /** In flight: read off the socket and not yet answered. Past these the socket is not read. */
   requestsInFlightPerConnection: 256,
   payloadInFlightPerConnection: 64 * MiB,

@@ -12,7 +12,7 @@ import { benchCommand } from './bench.ts'
 import { checkCommand } from './check.ts'
 import type { Cli } from './cli.ts'
 import { eventsCommand } from './events.ts'
-import { endOnClosedPipe, exitCodeOf, Output } from './output.ts'
+import { exitCodeOf, Output } from './output.ts'
 import { poolCommands } from './pool.ts'
 import { serveCommand } from './serve.ts'
 import { statusCommand } from './status.ts'
@@ -23,7 +23,6 @@ export async function run(args: readonly string[]): Promise<number> {
   const cli: Cli = { output: new Output(), exitCode: 0 }
   // An error may come before yargs has read the options.
   cli.output.json = args.includes('--json')
-  endOnClosedPipe()
   try {
     await parse(args, cli)
     return cli.exitCode

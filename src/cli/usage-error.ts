@@ -16,7 +16,8 @@ type Rule = readonly [
 const RULES: readonly Rule[] = [
   [
     /^Did you mean (.+)\?$/,
-    ([, command], words) => `there is no command "${words.at(-1)}": did you mean ${command}?`,
+    ([, command], words) =>
+      `there is no command "${words[commandDepth(words) - 1]}": did you mean ${command}?`,
   ],
   [/^Unknown command: (.+)$/, ([, command]) => `there is no command "${command}"`],
   [/^Unknown arguments?: (.+)$/, ([, names = ''], words, args) => unknown(names.split(', '), words, args)],
@@ -44,7 +45,7 @@ const RULES: readonly Rule[] = [
  * @param args the command line
  */
 export function usageError(sentence: string, args: readonly string[]): UserError {
-  const words = args.filter((arg) => !arg.startsWith('-'))
+  const words = args.filter((arg, index) => !arg.startsWith('-') && args[index - 1] !== '--pool')
   const line = sentence.trim().replaceAll(/\s*\n\s*/g, ' ')
   const text = reword(line, words, args)
   const depth = commandDepth(words)

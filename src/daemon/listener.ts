@@ -128,7 +128,9 @@ export class Listener {
   }
 
   async #listen(uri: NbdUri): Promise<void> {
-    const server = createServer({ noDelay: true }, (socket) => this.#accept(socket))
+    // Keep-alive is how a connection ends whose client lost its network or its power.
+    const socketOptions = { noDelay: true, keepAlive: true, keepAliveInitialDelay: LIMITS.keepAliveMs }
+    const server = createServer(socketOptions, (socket) => this.#accept(socket))
     if (uri.address.transport === 'tcp') {
       const { host, port } = uri.address
       await listening(server, { host, port }, formatNbdUri(uri))

@@ -300,7 +300,10 @@ export class NativeDatapath implements Datapath {
     const exported = this.#export(request.export)
     const { slots, stripe } = request
     const bases = request.baseSlots?.some((slot) => slot !== 0) ? request.baseSlots : []
-    assert(slots.length > 0 && slots.length <= exported.spec.formatUnit, 'slots of a format unit')
+    assert(
+      slots.length > 0 && slots.length * this.#stripeSize <= LIMITS.formatUnitBytesMax,
+      'slots of a full-stripe write',
+    )
     assert(bases.length === 0 || bases.length <= slots.length, 'base slots of a format unit')
     const used = request.overlays.map((id) => this.#overlay(id))
     await this.#using(exported, used, (tag) => {

@@ -2,7 +2,7 @@ import type { Socket } from 'node:net'
 import { assert } from '../base/assert.ts'
 import { ProtocolError, StoreError, systemCode } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
-import { COMMAND, COMMAND_FLAG, type ReplyMode } from '../nbd/constants.ts'
+import { COMMAND, COMMAND_FLAG, MAGIC, type ReplyMode } from '../nbd/constants.ts'
 import { ERRNO_OF, NBD_ERRNO } from '../nbd/errno.ts'
 import {
   chunkHeaderSize,
@@ -263,7 +263,10 @@ export class PortableConnection implements SessionRules {
         const count = piece.copy(this.#header, this.#headerFill, at, at + this.#headerSize - this.#headerFill)
         this.#headerFill += count
         at += count
-        if (this.#headerFill < this.#headerSize) return
+        if (this.#headerFill < this.#headerSize) {
+          this.#checkMagic()
+          return
+        }
         this.#headerFill = 0
         header = this.#header
         headerAt = 0
@@ -279,6 +282,13 @@ export class PortableConnection implements SessionRules {
       }
       at = this.#begin(request, piece, at)
     }
+  }
+
+  /** A stream that is out of step is ended as soon as that shows: the rest of the header may never come. */
+  #checkMagic(): void {
+    if (this.#headerFill < 4) return
+    const magic = this.#extended ? MAGIC.extendedRequest : MAGIC.request
+    if (this.#header.readUInt32BE(0) !== magic) this.end('protocol')
   }
 
   /** Null when the stream cannot be followed any further. */

@@ -120,8 +120,8 @@ export class PortableDatapath implements Datapath, ConnectionHost {
   }
 
   complete(upcall: number, errno: number): void {
+    assert(this.#pending(upcall).kind !== 'status' || errno !== 0, 'a status upcall needs results')
     const pending = this.#take(upcall)
-    assert(pending.kind !== 'status' || errno !== 0, 'a status upcall needs results')
     pending.connection.completed(pending, errno)
   }
 

@@ -134,6 +134,11 @@ export class NbdSession {
     clearTimeout(timer)
   }
 
+  destroy(): void {
+    this.#fail(this.#lost('it was dropped'))
+    this.#socket.destroy()
+  }
+
   /** Ends the connection over something that the server should not have sent. Returns the error for the caller to throw. */
   broken(error: ProtocolError): ProtocolError {
     error.message = `${this.#where}: ${error.message}`

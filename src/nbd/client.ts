@@ -243,6 +243,11 @@ export class NbdClient {
     return this.#session.close()
   }
 
+  /** Drops the connection without a word, as a client does that crashes. Requests in flight reject. */
+  destroy(): void {
+    this.#session.destroy()
+  }
+
   // --------------------------------------------------------------------------------------- requests
 
   #has(flag: number): boolean {

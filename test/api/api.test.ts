@@ -252,12 +252,13 @@ describe('the control API', () => {
   })
 
   it('describes itself in OpenAPI 3.1', async () => {
+    interface Operation {
+      parameters?: { name: string; in: string }[]
+      requestBody?: object
+    }
     interface OpenApi {
       openapi: string
-      paths: Record<
-        string,
-        Record<string, { parameters?: { name: string; in: string }[]; requestBody?: object }>
-      >
+      paths: Record<string, { get?: Operation; post?: Operation }>
     }
     const document = await client.get<OpenApi>('/v1/openapi.json')
     expect(document.openapi).toBe('3.1.0')
@@ -275,14 +276,14 @@ describe('the control API', () => {
       '/v1/volumes/{name}/resize',
     ])
     expect(Object.keys(document.paths['/v1/volumes/{name}'] ?? {}).sort()).toEqual(['delete', 'get', 'patch'])
-    const map = document.paths['/v1/volumes/{name}/map']?.['get']
+    const map = document.paths['/v1/volumes/{name}/map']?.get
     expect(map?.parameters?.map((parameter) => `${parameter.in} ${parameter.name}`)).toEqual([
       'path name',
       'query offset',
       'query length',
       'query limit',
     ])
-    expect(document.paths['/v1/volumes']?.['post']?.requestBody).toBeDefined()
+    expect(document.paths['/v1/volumes']?.post?.requestBody).toBeDefined()
   })
 
   it('has metrics that Prometheus can read', async () => {

@@ -13,7 +13,7 @@ describe.each(implementations)('framing: $name', (implementation) => {
   describe.each(modes)('%s mode', (mode) => {
     /** One of everything, small, and refused requests with payloads between them. */
     function requests(): { request: WireRequest; errno: number }[] {
-      const all = [
+      const all: { request: WireRequest; errno: number }[] = [
         { request: { command: CMD.WRITE, offset: 100, payload: pattern(33, 1) }, errno: 0 },
         { request: { command: CMD.WRITE, offset: 64 * 4096, payload: pattern(5) }, errno: 28 },
         { request: { command: CMD.READ, offset: 4096 * 9, length: 100 }, errno: 0 },

@@ -56,6 +56,7 @@ free_device() {
 clean_up() {
   local status=$?
   set +e
+  if ((tap_failed)); then sed 's/^/# daemon: /' "$work/daemon.log" | tail -n 40; fi
   trap - EXIT
   if mountpoint -q "$mounted"; then umount -l "$mounted"; fi
   if attached; then nbd-client -d "$device" >/dev/null 2>&1; fi
@@ -113,7 +114,8 @@ device_size() { echo $(($(<"/sys/block/${device##*/}/size") * 512)); }
 device_writes() { awk '{ print $5 }' "/sys/block/${device##*/}/stat"; }
 
 attach_volume() { # VOLUME CONNECTIONS SIZE
-  fullstripe attach "$1" "$device" --connections "$2"
+  # Short times: requests in flight at a kill are sent again soon, and a daemon that is gone for good ends the test.
+  fullstripe attach "$1" "$device" --connections "$2" --timeout 5 --give-up 90
   wait_until 20 attached
   [[ $(device_size) == "$3" ]]
   [[ $(fullstripe volume show "$1" --json | jq .sessions) == "$2" ]]

@@ -233,6 +233,16 @@ describe.skipIf(!hasProgram('nbdkit'))('against nbdkit', () => {
     expect(readFileSync(image).equals(content)).toBe(true)
   })
 
+  it('drops the connection when told to', async () => {
+    const server = await startNbdkit('memory', '1M', '--filter=delay', 'rdelay=10')
+    const client = await connect(server.uri())
+    const read = failure(client.read(Buffer.alloc(512), 0))
+    client.destroy()
+    expect(await read).toMatchObject({ code: 'MEMBER_IO' })
+    await client.gone
+    await client.close()
+  })
+
   it('rejects everything when the server dies', async () => {
     const server = await startNbdkit('memory', '1M', '--filter=delay', 'rdelay=10')
     const client = await connect(server.uri(), { inFlightMax: 2 })

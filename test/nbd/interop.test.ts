@@ -136,6 +136,7 @@ describe.skipIf(!hasNbdsh())('nbdsh', () => {
   it('negotiates in option mode, step by step', async () => {
     const found = await shell(
       'h.set_opt_mode(True)',
+      'h.set_full_info(True)',
       `h.connect_uri("${uri('')}")`,
       'names = []',
       'h.opt_list(lambda name, text: names.append(name))',
@@ -150,7 +151,7 @@ describe.skipIf(!hasNbdsh())('nbdsh', () => {
       'h.opt_go()',
       'print(h.get_canonical_export_name(), h.get_protocol(), h.get_structured_replies_negotiated())',
       'h.pwrite(b"hello", 4096)',
-      'print(h.pread(5, 4096))',
+      'print(bytes(h.pread(5, 4096)))',
       'h.shutdown()',
     )
     expect(found).toEqual([

@@ -8,6 +8,7 @@ import { connect, createServer, type Socket } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { onTestFinished } from 'vitest'
+import { until } from '../support/poll.ts'
 
 export function hasProgram(name: string): boolean {
   try {
@@ -25,20 +26,7 @@ export function temporaryDirectory(): string {
   return directory
 }
 
-/** Polls until the condition holds. */
-export async function until(
-  condition: () => boolean | Promise<boolean>,
-  what: string,
-  msMax = 10_000,
-): Promise<void> {
-  const deadline = Date.now() + msMax
-  while (!(await condition())) {
-    if (Date.now() > deadline) throw new Error(`not within ${msMax} ms: ${what}`)
-    await new Promise((resolve) => setTimeout(resolve, 10))
-  }
-}
-
-export function answers(path: string): Promise<boolean> {
+function answers(path: string): Promise<boolean> {
   return new Promise((resolve) => {
     const socket = connect({ path })
     socket.once('connect', () => {

@@ -38,6 +38,8 @@ export interface ConnectOptions {
   /** Bytes that negotiation "has read already". */
   readonly received?: Buffer
   readonly exportId?: ExportId
+  /** Runs before the socket is handed over. */
+  readonly beforeServe?: (serverSide: Socket, clientSide: Socket) => Promise<void>
 }
 
 /** A client, and what the server's side of its session came to. */
@@ -154,8 +156,10 @@ export class Rig {
     const client = new RigClient(clientSide, mode)
     this.#clients.add(client)
     clientSide.on('close', () => this.#clients.delete(client))
+    const serverSide = await accepted
+    await options.beforeServe?.(serverSide, clientSide)
     this.datapath.serve(options.exportId ?? this.exportId, {
-      socket: await accepted,
+      socket: serverSide,
       received: options.received ?? Buffer.alloc(0),
       mode,
       contexts: options.contexts ?? [],

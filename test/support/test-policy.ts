@@ -20,6 +20,7 @@ export class TestPolicy implements ExportHandler {
   readonly #rig: Rig
   readonly #locks = new Map<number, Promise<void>>()
   #holding = false
+  #deciding = 0
 
   constructor(rig: Rig) {
     this.#rig = rig
@@ -53,13 +54,22 @@ export class TestPolicy implements ExportHandler {
     return upcall
   }
 
+  /** Resolves when nothing that it has begun to decide is undecided. */
+  async idle(): Promise<void> {
+    await until(() => this.#deciding === 0, 'the policy to be idle')
+  }
+
   /** Decides one held upcall the usual way. */
   decide(upcall: Upcall): Promise<void> {
     return this.#decide(upcall)
   }
 
   #start(upcall: Upcall): void {
-    this.#decide(upcall).catch((error: unknown) => {
+    this.#deciding++
+    const decided = this.#decide(upcall).finally(() => {
+      this.#deciding--
+    })
+    decided.catch((error: unknown) => {
       // A failure of the policy must fail the test run, not vanish in a promise.
       queueMicrotask(() => {
         throw error
