@@ -12,6 +12,7 @@ import { UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
 import { approximateSize, formatSize, parseSize } from '../base/sizes.ts'
 import { NbdClient } from '../nbd/client.ts'
+import type { PoolInfo } from '../volume/pool.ts'
 import type { VolumeInfo } from '../volume/volume.ts'
 import { exportUri } from './addresses.ts'
 import { type Cli, clientOf, interruption, parseCount, type Root } from './cli.ts'
@@ -49,8 +50,9 @@ const READS: readonly Row[] = [
 ]
 const asWrite = (row: Row): Row => ({ ...row, write: true })
 
-/** Of the volume that bench makes for itself. */
-const SCRATCH_SIZE = 512 * MiB
+/** Of the volume that bench makes for itself; it leaves most of a small pool alone. */
+const SCRATCH_SIZE_MAX = 512 * MiB
+const SCRATCH_SIZE_MIN = 16 * MiB
 
 export function benchCommand(root: Root, cli: Cli): void {
   root.command(
@@ -156,11 +158,20 @@ function singleRow(argv: {
   }
 }
 
-function makeScratch(client: Client): Promise<VolumeInfo> {
-  return client.post<VolumeInfo>('/v1/volumes', {
-    name: `bench-${randomBytes(4).toString('hex')}`,
-    size: SCRATCH_SIZE,
-  })
+async function makeScratch(client: Client): Promise<VolumeInfo> {
+  const pool = await client.get<PoolInfo>('/v1/pool')
+  const free = Math.min(
+    pool.capacity - pool.used - pool.reserved,
+    pool.fileSystemAvailable ?? Number.POSITIVE_INFINITY,
+  )
+  const size = Math.min(SCRATCH_SIZE_MAX, Math.floor(free / 4 / MiB) * MiB)
+  if (size < SCRATCH_SIZE_MIN) {
+    throw new UserError(
+      'FAILED',
+      `the pool has only ${approximateSize(Math.max(0, free))} free: name a volume to be read`,
+    )
+  }
+  return client.post<VolumeInfo>('/v1/volumes', { name: `bench-${randomBytes(4).toString('hex')}`, size })
 }
 
 /** Every stripe gets its first write, so that what follows measures volumes as they are in use. */

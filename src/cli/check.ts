@@ -4,7 +4,7 @@
  * Exit code: 0 clean, 1 damaged (or the check failed), 4 damage was found and repaired.
  */
 import { resolve } from 'node:path'
-import { type CheckReport, checkPool } from '../volume/check.ts'
+import type { CheckReport } from '../volume/check.ts'
 import { type Cli, poolOf, type Root } from './cli.ts'
 import { plural } from './text.ts'
 
@@ -22,6 +22,7 @@ export function checkCommand(root: Root, cli: Cli): void {
         .example('fullstripe check ./pool', 'only look')
         .example('fullstripe check ./pool --repair', 'look and repair'),
     async (argv) => {
+      const { checkPool } = await import('../volume/check.ts')
       const report = await checkPool(resolve(poolOf(argv)), { repair: argv.repair })
       cli.output.result(report, () => reportLines(report))
       cli.exitCode = EXIT[report.status]

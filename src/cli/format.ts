@@ -19,18 +19,18 @@ export function formatCommand(group: Root, cli: Cli): void {
           requiresArg: true,
           describe: 'At most so many bytes a second; 0: no limit',
         })
+
         .option('pause', {
           type: 'boolean',
-          default: false,
           describe: 'Stop for now; start it again to go on',
         })
-        .option('wait', { type: 'boolean', default: false, describe: 'Show progress until it is done' })
+        .option('wait', { type: 'boolean', describe: 'Show progress until it is done' })
         .conflicts('pause', ['rate', 'wait'])
         .example('fullstripe volume format log --rate 50M', 'in the background')
         .example('fullstripe volume format log --wait', 'and watch'),
     async (argv) => {
       const client = clientOf(argv)
-      if (argv.pause) {
+      if (argv.pause === true) {
         const info = await client.delete<VolumeInfo>(volumePath(argv.name, '/format'))
         cli.output.result(info, () => [`volume ${info.name}: ${progressText(info)}`])
         return
@@ -38,7 +38,7 @@ export function formatCommand(group: Root, cli: Cli): void {
       const rate = argv.rate === undefined ? undefined : parseSize(argv.rate, '--rate')
       const body = rate === undefined ? {} : { rate: rate === 0 ? null : rate }
       const started = await client.post<VolumeInfo>(volumePath(argv.name, '/format'), body)
-      const info = argv.wait ? await waitForIt(client, started, cli) : started
+      const info = argv.wait === true ? await waitForIt(client, started, cli) : started
       cli.output.result(info, () => [`volume ${info.name}: ${progressText(info)}`])
       if (info.formatter.state === 'failed') {
         throw new UserError(

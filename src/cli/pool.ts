@@ -3,7 +3,7 @@ import { resolve } from 'node:path'
 import { UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
 import { approximateSize, formatSize, parseSize } from '../base/sizes.ts'
-import { createPool, type PoolInfo } from '../volume/pool.ts'
+import type { PoolInfo } from '../volume/pool.ts'
 import { type Cli, clientOf, type Root } from './cli.ts'
 import { pairs, percent, table } from './text.ts'
 
@@ -46,6 +46,7 @@ export function poolCommands(root: Root, cli: Cli): void {
             return resolve(path)
           })
           const parity = ([0, 1, 2] as const).find((count) => String(count) === argv.parity)
+          const { createPool } = await import('../volume/pool.ts')
           const info = await createPool(resolve(directory), {
             ...(members === undefined ? {} : { members }),
             ...(parity === undefined ? {} : { parity }),

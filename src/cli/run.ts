@@ -24,11 +24,29 @@ export async function run(args: readonly string[]): Promise<number> {
   // An error may come before yargs has read the options.
   cli.output.json = args.includes('--json')
   try {
-    await parse(args, cli)
+    await parse(protectOperands(args), cli)
     return cli.exitCode
   } catch (error) {
     cli.output.error(error)
     return exitCodeOf(error)
+  }
+}
+
+/**
+ * What follows `--` are operands, whatever they look like; yargs does not take those for a command's arguments.
+ * So they go through it behind a sign that no argument can hold.
+ */
+const OPERAND = '\0'
+
+function protectOperands(args: readonly string[]): readonly string[] {
+  const end = args.indexOf('--')
+  if (end < 0) return args
+  return [...args.slice(0, end), ...args.slice(end + 1).map((arg) => `${OPERAND}${arg}`)]
+}
+
+function unprotectOperands(argv: Record<string, unknown>): void {
+  for (const [key, value] of Object.entries(argv)) {
+    if (typeof value === 'string' && value.startsWith(OPERAND)) argv[key] = value.slice(OPERAND.length)
   }
 }
 
@@ -55,6 +73,7 @@ async function parse(args: readonly string[], cli: Cli): Promise<void> {
     .option('json', { type: 'boolean', default: false, describe: 'Write JSON, also for errors' })
     .middleware((argv) => {
       cli.output.json = argv.json
+      unprotectOperands(argv)
       refuseRepeated(argv)
     })
   serveCommand(root, cli)
@@ -83,7 +102,7 @@ async function parse(args: readonly string[], cli: Cli): Promise<void> {
     .fail((message, error) => {
       // What a command threw is passed on; the rest is what yargs found wrong, as a sentence.
       if (error instanceof Error && error.name !== 'YError') throw error
-      throw usageError(message ?? messageOf(error), args)
+      throw usageError((message ?? messageOf(error)).replaceAll(OPERAND, ''), args)
     })
     .parseAsync([...args])
 }

@@ -1,15 +1,7 @@
-/**
- * fullstripe serve POOL: runs the daemon in the foreground.
- *
- * The first SIGTERM, SIGINT or SIGHUP stops it in order (exit 0); the second one at once (exit 1), which loses
- * nothing that was flushed. Handlers are installed before anything else, because as process 1 of a container the
- * daemon gets no default ones. An error nobody handled is our own bug: it is logged and the process ends.
- */
+/** fullstripe serve POOL: what the daemon is told. run-daemon.ts runs it. */
 import { realpathSync, statSync } from 'node:fs'
 import { resolve } from 'node:path'
-import type { pino } from 'pino'
-import { listenControl } from '../api/server.ts'
-import { messageOf, UserError } from '../base/errors.ts'
+import { UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
 import {
   type ConfigValues,
@@ -18,12 +10,7 @@ import {
   readConfigFile,
   resolveConfig,
 } from '../daemon/config.ts'
-import { Daemon } from '../daemon/daemon.ts'
-import { createLog } from '../daemon/log.ts'
-import { VERSION } from '../daemon/version.ts'
 import { type Cli, parseCount, poolOf, type Root } from './cli.ts'
-
-const STOP_SIGNALS = ['SIGTERM', 'SIGINT', 'SIGHUP'] as const
 
 export function serveCommand(root: Root, cli: Cli): void {
   root.command(
@@ -67,7 +54,9 @@ export function serveCommand(root: Root, cli: Cli): void {
         ...(argv['log-level'] === undefined ? {} : { logLevel: argv['log-level'] }),
       }
       const file = argv.config === undefined ? {} : readConfigFile(argv.config)
-      await serve(resolveConfig(poolDirectory(poolOf(argv)), flags, file), cli)
+      // Only here: other commands start faster without everything that a daemon is made of.
+      const { runDaemon } = await import('./run-daemon.ts')
+      await runDaemon(resolveConfig(poolDirectory(poolOf(argv)), flags, file), cli)
     },
   )
 }
@@ -80,63 +69,4 @@ function poolDirectory(path: string): string {
     )
   }
   return realpathSync(path)
-}
-
-async function serve(config: ReturnType<typeof resolveConfig>, cli: Cli): Promise<void> {
-  const log = createLog(config.logLevel, process.stderr.isTTY === true)
-  stopOnBugs(log)
-  const stopped = stopSignal(log)
-  const daemon = await Daemon.start(config, log)
-  daemon.addFrontEnd(await listenControl(daemon))
-  announce(daemon, cli)
-  log.info({ signal: await stopped }, 'stopping; a second signal stops at once')
-  const deadline = setTimeout(() => {
-    log.fatal(`not stopped after ${LIMITS.drainMsMax / 1000} s; giving up, what was flushed is safe`)
-    process.exit(1)
-  }, LIMITS.drainMsMax)
-  await daemon.stop()
-  clearTimeout(deadline)
-  log.info('stopped')
-}
-
-/** Resolves with the first stop signal; the second one ends the process. */
-function stopSignal(log: pino.Logger): Promise<NodeJS.Signals> {
-  return new Promise((resolve) => {
-    let count = 0
-    for (const name of STOP_SIGNALS) {
-      process.on(name, () => {
-        count++
-        if (count === 1) return resolve(name)
-        log.fatal({ signal: name }, 'second signal: stopping at once')
-        process.exit(1)
-      })
-    }
-  })
-}
-
-function stopOnBugs(log: pino.Logger): void {
-  const stop = (what: string) => (error: unknown) => {
-    log.fatal({ err: error }, `${what}: ${messageOf(error)}`)
-    process.exit(1)
-  }
-  process.on('uncaughtException', stop('uncaught exception'))
-  process.on('unhandledRejection', stop('unhandled rejection'))
-}
-
-/** What a person at a terminal wants to know now. */
-function announce(daemon: Daemon, cli: Cli): void {
-  if (!cli.output.terminal || cli.output.json) return
-  const { pool } = daemon.config
-  const { kind, engine, threads } = daemon.pool.datapath.description
-  const threadText = threads > 1 ? `, ${threads} threads` : ''
-  for (const line of [
-    `fullstripe ${VERSION} serves ${pool} (${kind} datapath, ${engine}${threadText})`,
-    ...daemon.listening.map((uri) => `  clients   ${uri}`),
-    `  control   export FULLSTRIPE_POOL=${pool}`,
-    '            fullstripe volume create data --size 10G',
-    '            fullstripe status --watch',
-    '  stop      Ctrl-C',
-  ]) {
-    cli.output.line(line)
-  }
 }

@@ -97,7 +97,7 @@ describe('a daemon process', () => {
     const daemon = await DaemonProcess.start(pool, options)
     const second = await fullstripe(['serve', pool, ...options, '--log-level', 'silent'])
     expect(second.code).toBe(1)
-    expect(second.stderr).toMatch(/^fullstripe: .*in use.*\n$/)
+    expect(second.stderr).toMatch(/^fullstripe: .* is locked by process \d+ .*\n$/)
     expect(await readBack(4096)).toBe(5) // and not harmed by the attempt
     await daemon.stop()
   })

@@ -32,6 +32,8 @@ class Taken implements ExportSource {
   readonly sessions: { exportName: string; session: SessionSpec }[] = []
   /** How many listeners the last socket had when it was handed over. */
   listeners: Record<string, number> = {}
+  /** Bytes that Node had read from the last socket and that were not handed over with it. */
+  forgotten = 0
   listCalls = 0
   names = ['disk']
   description = 'a disk'
@@ -60,6 +62,7 @@ class Taken implements ExportSource {
     const { socket } = session
     const events = ['data', 'drain', 'end', 'error', 'close', 'readable', 'timeout']
     this.listeners = Object.fromEntries(events.map((event) => [event, socket.listenerCount(event)]))
+    this.forgotten = socket.readableLength
     this.sessions.push({ exportName, session })
     socket.on('error', () => undefined)
     onTestFinished(() => {
@@ -216,6 +219,33 @@ describe('where it listens', () => {
     expect((await new Peer(path).bytes(4)).toString()).toBe('mine')
   })
 
+  it('refuses a socket whose owner is too busy to answer', async () => {
+    const path = join(temporaryDirectory(), 'nbd.sock')
+    const script = `require('node:net').createServer().listen({ path: ${JSON.stringify(path)}, backlog: 1 })`
+    const child = spawn(process.execPath, ['-e', script], { stdio: 'ignore' })
+    onTestFinished(() => {
+      child.kill('SIGKILL')
+    })
+    await until(() => existsSync(path), 'the other server listens')
+    child.kill('SIGSTOP')
+    // The queue of a stopped process fills up; after that, connecting fails although somebody is there.
+    let refused = false
+    for (let count = 0; count < 20 && !refused; count++) {
+      const socket = connect({ path })
+      onTestFinished(() => {
+        socket.destroy()
+      })
+      refused = await new Promise((resolve) => {
+        socket.once('connect', () => resolve(false)).once('error', () => resolve(true))
+      })
+    }
+    expect(refused).toBe(true)
+    expect(await failure(Listener.open({ uris: [unixUri(path)], exports: new Taken(), log }))).toMatchObject({
+      code: 'BUSY',
+    })
+    expect(existsSync(path)).toBe(true)
+  })
+
   it('takes over the socket of a server that was killed', async () => {
     const path = join(temporaryDirectory(), 'nbd.sock')
     const script = `require('node:net').createServer().listen(${JSON.stringify(path)})`
@@ -343,6 +373,30 @@ describe('the hand-over', () => {
       peer.send(early.subarray(cut))
       await arrives(`cut at ${cut}`)
     }
+  })
+
+  it('takes along what was read while the last reply waited for its client', async () => {
+    const { path, exports } = await serving()
+    exports.names = ['disk', ...Array.from({ length: 500 }, (_, i) => `volume-${i}`)]
+    exports.description = 'x'.repeat(1000)
+    const early = Buffer.alloc(50_000, 'early ')
+    const peer = new Peer(path)
+    peer.socket.pause()
+    // The list fills the socket's buffers, so the reply to GO has to wait, and the requests come in meanwhile.
+    peer.send(encodeClientFlags(3), encodeOption(OPTION.LIST), GO)
+    await until(() => exports.listCalls === 1, 'the list is made')
+    peer.send(early)
+    await until(() => peer.socket.writableLength === 0, 'everything is sent')
+    for (let turn = 0; turn < 20; turn++) await new Promise((resolve) => setImmediate(resolve))
+    expect(exports.sessions).toHaveLength(0)
+    peer.socket.resume()
+    await until(() => exports.sessions.length === 1, 'the hand-over')
+    expect(exports.forgotten).toBe(0)
+    const { session } = exports.sessions[0] ?? expect.fail('no session')
+    expect(session.received.length).toBeGreaterThan(0)
+    const all = stream(session)
+    await until(() => all().length >= early.length, 'all bytes')
+    expect(all().equals(early)).toBe(true)
   })
 
   it('closes the connection when the export cannot be served any more', async () => {

@@ -115,7 +115,7 @@ device_writes() { awk '{ print $5 }' "/sys/block/${device##*/}/stat"; }
 
 attach_volume() { # VOLUME CONNECTIONS SIZE
   # Short times: requests in flight at a kill are sent again soon, and a daemon that is gone for good ends the test.
-  fullstripe attach "$1" "$device" --connections "$2" --timeout 5 --give-up 90
+  fullstripe attach "$1" "$device" --connections "$2" --timeout 5 --reconnect 90
   wait_until 20 attached
   [[ $(device_size) == "$3" ]]
   [[ $(fullstripe volume show "$1" --json | jq .sessions) == "$2" ]]

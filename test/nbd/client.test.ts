@@ -380,6 +380,18 @@ describe('against a server that breaks the protocol', () => {
         'extended',
         (r) => Buffer.concat([data(r, true, false, 2500, 100), data(r, true, true, 2000, 1000)]),
       ],
+      [
+        'data that overlaps what came before',
+        read,
+        'extended',
+        (r) => Buffer.concat([data(r, true, false, 2000, 600), data(r, true, true, 2400, 400)]),
+      ],
+      [
+        'data that overlaps what comes after',
+        read,
+        'extended',
+        (r) => Buffer.concat([data(r, true, false, 2400, 600), data(r, true, true, 2100, 400)]),
+      ],
       ['too little data', read, 'structured', (r) => data(r, false, true, 2000, 999)],
       ['success without data', read, 'structured', (r) => bytes((t) => writeNoneChunk(t, 0, r, false))],
       [

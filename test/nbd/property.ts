@@ -14,7 +14,7 @@ export const test = {
     ) =>
     (name: string, check: (input: Input) => void | Promise<void>): void => {
       it(name, async () => {
-        const input = fc.record(arbitraries) as unknown as fc.Arbitrary<Input>
+        const input = fc.record(arbitraries)
         await fc.assert(
           fc.asyncProperty(input, async (value) => {
             await check(value)

@@ -17,7 +17,11 @@ export class TestPolicy implements ExportHandler {
   nextSlot = 1000 // above the slots that tests choose by hand
   statusOf: (context: number, upcall: Upcall) => { length: number; flags: number }[]
 
+  /** Asked before an undecided write to a formatted unit: true moves the unit to new slots (copy-on-write). */
+  moves: () => boolean = () => false
+
   readonly #rig: Rig
+  readonly #freeSlots: number[] = []
   readonly #locks = new Map<number, Promise<void>>()
   #holding = false
   #deciding = 0
@@ -62,6 +66,32 @@ export class TestPolicy implements ExportHandler {
   /** Decides one held upcall the usual way. */
   decide(upcall: Upcall): Promise<void> {
     return this.#decide(upcall)
+  }
+
+  /** A slot that nobody uses. */
+  takeSlot(): number {
+    return this.#freeSlots.pop() ?? this.nextSlot++
+  }
+
+  slotsOf(first: number, end: number): number[] {
+    return Array.from({ length: end - first }, (_, index) => {
+      return Atomics.load(this.#rig.tables.slots, first + index)
+    })
+  }
+
+  /** Gives up a format unit, as a policy does that trims it: it reads as fill, and its slots are used again. */
+  async discard(unit: number): Promise<void> {
+    const { formatUnit, init, direct, datapath, size, stripeSize } = this.#rig
+    const first = unit * formatUnit
+    const end = Math.min(first + formatUnit, Math.ceil(size / stripeSize))
+    await this.#locked(unit, async () => {
+      if (!init.get(unit)) return
+      direct.clearRange(first, end)
+      init.clear(unit)
+      await datapath.barrier()
+      this.#freeSlots.push(...this.slotsOf(first, end))
+      for (let stripe = first; stripe < end; stripe++) Atomics.store(this.#rig.tables.slots, stripe, 0)
+    })
   }
 
   #start(upcall: Upcall): void {
@@ -112,11 +142,30 @@ export class TestPolicy implements ExportHandler {
     const rig = this.#rig
     const { datapath, stripeSize, formatUnit } = rig
     if (!rig.init.get(first / formatUnit)) {
-      const slots = Array.from({ length: end - first }, () => this.nextSlot++)
+      const slots = Array.from({ length: end - first }, () => this.takeSlot())
       await datapath.formatUnit({ export: rig.exportId, stripe: first, slots, overlays: [upcall.id] })
       for (const [index, slot] of slots.entries()) Atomics.store(rig.tables.slots, first + index, slot)
       rig.init.set(first / formatUnit)
       rig.direct.setRange(first, end)
+      return
+    }
+    if (this.moves()) {
+      const baseSlots = this.slotsOf(first, end)
+      const slots = baseSlots.map(() => this.takeSlot())
+      // No write in place may be under way while the unit is copied.
+      rig.direct.clearRange(first, end)
+      await datapath.barrier()
+      await datapath.formatUnit({
+        export: rig.exportId,
+        stripe: first,
+        slots,
+        baseSlots,
+        overlays: [upcall.id],
+      })
+      for (const [index, slot] of slots.entries()) Atomics.store(rig.tables.slots, first + index, slot)
+      rig.direct.setRange(first, end)
+      await datapath.barrier() // of the reads that still use the old slots
+      this.#freeSlots.push(...baseSlots)
       return
     }
     for (let stripe = first; stripe < end; stripe++) {
