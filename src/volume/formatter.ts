@@ -52,7 +52,6 @@ export class Formatter {
   #speed = 0
   #loop: Promise<void> | undefined
   #wake: (() => void) | undefined
-  #stopping = false
 
   constructor(target: FormatterTarget, state: FormatterState, rate: number | null) {
     this.#target = target
@@ -92,9 +91,9 @@ export class Formatter {
     await this.#target.save('paused', this.#rate)
   }
 
-  /** Ends the loop without changing what the next opening will do. */
+  /** Ends the loop; what is stored still says that it runs, so `start` or the next opening goes on. */
   async stop(): Promise<void> {
-    this.#stopping = true
+    if (this.#state === 'running') this.#enter('paused')
     this.#wake?.()
     await this.#loop
   }
@@ -110,7 +109,7 @@ export class Formatter {
     let at = 0
     let windowStart = performance.now()
     let windowBytes = 0
-    while (this.#state === 'running' && !this.#stopping) {
+    while (this.#state === 'running') {
       at = this.#target.nextUnformatted(at)
       if (at >= this.#target.unitCount()) {
         this.#enter('done')

@@ -221,6 +221,8 @@ export class Pool {
   readonly #ledger: Ledger
   readonly #reclaimer: Reclaimer
   readonly #volumes = new Map<string, Volume>()
+  /** Being deleted: found by nobody, but a checkpoint still has to hold their pages until the catalog forgets them. */
+  readonly #leaving = new Set<Volume>()
   readonly #changes = new Mutex() // of the set of volumes and their names
   #nextId: number
   #spaceLevel = 0
@@ -237,12 +239,15 @@ export class Pool {
       journal: parts.journal,
       store: parts.store,
       source: {
-        dirtyPages: () => this.volumes().reduce((sum, volume) => sum + volume.tables.dirtyPages, 0),
-        takeDirtyPages: () => this.volumes().flatMap((volume) => volume.tables.takeDirtyPages()),
+        dirtyPages: () => {
+          let count = 0
+          for (const tables of this.#allTables()) count += tables.dirtyPages
+          return count
+        },
+        takeDirtyPages: () => [...this.#allTables()].flatMap((tables) => tables.takeDirtyPages()),
         returnDirtyPages: (pages) => {
-          for (const volume of this.#volumes.values()) {
-            for (const page of pages) if (page.medium === volume.tables.medium) volume.tables.returnDirtyPage(page)
-          }
+          const byMedium = new Map([...this.#allTables()].map((tables) => [tables.medium, tables]))
+          for (const page of pages) byMedium.get(page.medium)?.returnDirtyPage(page)
         },
       },
       syncMembers: () => datapath.sync(),
@@ -385,11 +390,17 @@ export class Pool {
         throw new UserError('BUSY', `volume ${name} has ${sessions} connected client${sessions > 1 ? 's' : ''}: detach them or use --force`)
       }
       this.#volumes.delete(name) // no new client finds it
+      this.#leaving.add(volume)
       await volume.close()
       try {
-        await this.#parts.store.commit({ dropVolumes: [volume.record] })
+        // As part of a checkpoint, so that none that copied its pages earlier can store them after it is gone.
+        await this.#ledger.checkpointWith(() => {
+          this.#leaving.delete(volume)
+          return { dropVolumes: [volume.record] }
+        })
       } catch (error) {
         // Still in the catalog: serve it again.
+        this.#leaving.delete(volume)
         this.#add(volume.record, volume.tables)
         throw asUserError(error, `volume ${name} was not deleted`)
       }
@@ -449,6 +460,11 @@ export class Pool {
       await closeParts(this.#parts)
       if (failure !== undefined) throw asUserError(failure, `the pool ${this.directory} was closed without a checkpoint`)
     })
+  }
+
+  *#allTables(): Generator<VolumeTables> {
+    for (const volume of this.#volumes.values()) yield volume.tables
+    for (const volume of this.#leaving) yield volume.tables
   }
 
   #add(record: VolumeRecord, tables: VolumeTables): Volume {

@@ -184,11 +184,11 @@ export class Volume {
     if (rate !== undefined && rate !== null && !(Number.isSafeInteger(rate) && rate > 0)) {
       throw new UserError('USAGE', `volume ${this.name}: the rate has to be a positive number of bytes a second`)
     }
-    await this.#formatter.start(rate)
+    await this.#changes.run(() => this.#formatter.start(rate))
   }
 
   async pauseFormatter(): Promise<void> {
-    await this.#formatter.pause()
+    await this.#changes.run(() => this.#formatter.pause())
   }
 
   /** Grows online. A shrink throws content away, so it wants `force`. */
@@ -206,7 +206,7 @@ export class Volume {
       await this.#formatter.stop()
       if (size > this.size) await this.#grow(size)
       else await this.#shrink(size)
-      if (resume) await this.startFormatter()
+      if (resume) await this.#formatter.start()
     })
   }
 

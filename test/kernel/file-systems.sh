@@ -2,11 +2,13 @@
 # A volume as a disk of the running kernel, over one connection and over four, with ext4 and with XFS:
 # file system, verified random writes, trim that gives stripes and disk space back, remount, fsck, a daemon that is
 # stopped and started again with the same content.
-#   file-systems.sh DATAPATH
+#   file-systems.sh DATAPATH [FILE-SYSTEM:CONNECTIONS...]     default: every combination
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
 datapath=${1:?which datapath: native or portable}
+scenarios=("${@:2}")
+((${#scenarios[@]})) || scenarios=(ext4:1 xfs:1 xfs:4 ext4:4)
 size=$((512 * 1024 * 1024))
 file_size=$((32 * 1024 * 1024))
 
@@ -79,6 +81,7 @@ after_restart() { # FILE-SYSTEM CONNECTIONS
 }
 
 run() {
+  local one
   tap_section "$datapath"
   tap_check 'pool created' node dist/cli/main.js pool create "$pool"
   tap_going || return 0
@@ -86,12 +89,11 @@ run() {
   tap_check 'the daemon answers' daemon_answers
   tap_check 'that datapath runs' datapath_is "$datapath"
   tap_going || return 0
-  scenario ext4 1
-  scenario xfs 1
-  scenario xfs 4
-  scenario ext4 4
+  for one in "${scenarios[@]}"; do
+    scenario "${one%:*}" "${one#*:}"
+  done
   tap_going || return 0
-  after_restart ext4 4
+  after_restart "${one%:*}" "${one#*:}"
 }
 
 need_everything

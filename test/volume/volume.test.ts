@@ -208,6 +208,10 @@ describe.each(DATAPATHS)('volume over %s', (datapath) => {
     const expected = Buffer.alloc(8 * MiB, 0x33)
     expected.fill(1, 5 * STRIPE, 5 * STRIPE + 4096)
     expectSame(await readAll(await served.connect('v')), expected, 'formatted volume')
+    await served.pool.volume('v').startFormatter({ rate: 1 * MiB })
+    await served.pool.volume('v').resize(10 * MiB) // goes on over the new end
+    await served.pool.volume('v').startFormatter({ rate: null })
+    await expect.poll(() => info().formatter, { timeout: 10_000 }).toMatchObject({ state: 'done', done: 160 })
     await expect(served.pool.createVolume({ name: 't', size: MiB }).then((v) => v.startFormatter())).rejects.toThrow(/thin/)
   })
 
