@@ -53,6 +53,7 @@ class Connection {
   bool poll();
   /// Whether the requests of late came one by one, each soon after the last reply.
   bool spinnable() const;
+  bool deep() const { return singles_ < 0; }
   void spinEnded(bool successful);
 
   void complete(Upcall* upcall, uint32_t error);

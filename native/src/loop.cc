@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <time.h>
@@ -152,6 +153,7 @@ uint64_t Loop::nowMicroseconds() {
 
 void Loop::run() {
   pthread_setname_np(pthread_self(), "nbd-io");
+  prctl(PR_SET_TIMERSLACK, 1);
   epoll_event events[kEventsMax];
   int spinTurns = 0;
   while (!stopping_.load(std::memory_order_acquire)) {
@@ -184,6 +186,8 @@ void Loop::run() {
     for (Connection* connection : dead_) delete connection;
     dead_.clear();
     if (spinner_ != nullptr && touched_.empty()) spin();
+    static int nap = getenv("NAP") ? atoi(getenv("NAP")) : 0;
+    if (nap && spinner_ == nullptr && touched_.empty() && !connections_.empty() && deepSeen_) { deepSeen_ = false; timespec t{0, nap * 1000}; clock_nanosleep(CLOCK_MONOTONIC, 0, &t, nullptr); }
   }
   finishStopping();
 }
@@ -193,6 +197,7 @@ void Loop::takeTurns() {
   for (Connection* connection : turning_) {
     connection->touched = false;
     connection->turn();
+    if (connection->deep()) deepSeen_ = true;
   }
   if (turning_.size() == 1 && turning_[0]->spinnable()) spinner_ = turning_[0];
   turning_.clear();

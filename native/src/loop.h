@@ -114,6 +114,7 @@ class Loop {
   std::vector<Connection*> hungry_;     // wait for memory
   std::vector<Connection*> lingering_;  // have a deadline
   Connection* spinner_ = nullptr;
+  bool deepSeen_ = false;
   std::vector<Event> events_;
   std::vector<LoopCommand> taken_;
   Upcall* freeUpcalls_ = nullptr;

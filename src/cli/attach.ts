@@ -137,7 +137,7 @@ function detachCommand(root: Root, cli: Cli): void {
     async (argv) => {
       const devices = new NbdDevices()
       requireDriver(devices)
-      const { device, pool } = attachedDevice(devices, argv.name, argv.pool)
+      const { device, pool } = attachedDevice(devices, argv.name, await identify(argv))
       const use = devices.use(device)
       if (use !== undefined) throw new UserError('BUSY', `${device.path} ${use}: end that first`)
       requireRoot('detach')
@@ -219,20 +219,40 @@ async function connectOne(
   )
 }
 
+interface Identity {
+  readonly pool: string | undefined // undefined: not said
+  readonly uuid: string | undefined // undefined: the daemon knows no such volume, or does not answer
+}
+
+/** A volume may have been renamed since it was attached; its daemon, where it runs, knows who it is. */
+async function identify(argv: { name: string; pool: string | undefined }): Promise<Identity> {
+  const { FULLSTRIPE_POOL } = process.env
+  const pool = argv.pool ?? FULLSTRIPE_POOL
+  if (pool === undefined || pool === '') return { pool: undefined, uuid: undefined }
+  try {
+    const { volumes } = await new Client(pool).get<StatusInfo>('/v1/status')
+    return { pool: resolve(pool), uuid: volumes.find(({ name }) => name === argv.name)?.uuid }
+  } catch (error) {
+    if (error instanceof UserError && error.code === 'UNREACHABLE')
+      return { pool: resolve(pool), uuid: undefined }
+    throw error
+  }
+}
+
 /** The device that a volume's name or a device's name stands for, and the pool it belongs to. */
 function attachedDevice(
   devices: NbdDevices,
   text: string,
-  poolOption: string | undefined,
+  identity: Identity,
 ): { device: NbdDevice; pool: string } {
-  const { FULLSTRIPE_POOL } = process.env
-  const directory = poolOption ?? FULLSTRIPE_POOL
   const ours = devices.list().flatMap((device) => {
     const note = devices.note(device)
-    return note === undefined ? [] : [{ device, volume: note.volume, pool: note.pool }]
+    return note === undefined ? [] : [{ device, note, pool: note.pool }]
   })
-  const named = ours.filter(
-    ({ volume, pool }) => volume === text && (directory === undefined || pool === resolve(directory)),
+  const named = ours.filter(({ note }) =>
+    identity.uuid === undefined
+      ? note.volume === text && (identity.pool === undefined || note.pool === identity.pool)
+      : note.uuid === identity.uuid,
   )
   const [first, second] = named
   if (first !== undefined && second !== undefined) {

@@ -118,10 +118,16 @@ function run(program: string, args: readonly string[]): Promise<void> {
     })
     child.once('close', (code, signal) => {
       if (code === 0) return resolve()
-      const lines = text.trim().split('\n')
-      const last = (lines.at(-1) ?? '').replace(/^(Error|nbd_keep): /, '').replace(/[.\s]+$/, '')
+      const why = reasonOf(text)
       const name = program === KEEPER ? 'nbd_keep' : program
-      reject(new UserError('FAILED', `${name} failed: ${last === '' ? `exit code ${code ?? signal}` : last}`))
+      reject(new UserError('FAILED', `${name} failed: ${why === '' ? `exit code ${code ?? signal}` : why}`))
     })
   })
+}
+
+/** The last line that says something: nbd-client ends with "Exiting.", after lines about its progress. */
+function reasonOf(text: string): string {
+  const lines = text.split('\n').map((line) => line.trim())
+  const last = lines.findLast((line) => line !== '' && line !== 'Exiting.') ?? ''
+  return last.replace(/^(Error|E|nbd_keep): /, '').replace(/[.\s]+$/, '')
 }

@@ -115,13 +115,11 @@ describe.each(implementations)('pressure: $name', (implementation) => {
   it('clients that stop in mid-payload hold up nobody', async () => {
     const rig = await Rig.open(implementation, { chunkSize: 65_536, stripes: 512 })
     rig.formatAll()
+    const large = pattern(32 * MiB, 2)
+    const write = encodeRequest({ command: CMD.WRITE, offset: 0, payload: large }, 'structured')
     const stalled = await Promise.all(
       Array.from({ length: 12 }, async (_, index) => {
         const client = await rig.connect('structured')
-        const write = encodeRequest(
-          { command: CMD.WRITE, offset: 0, payload: pattern(32 * MiB) },
-          'structured',
-        )
         client.socket.write(write.subarray(0, index * 100_000))
         return client
       }),
