@@ -1,7 +1,9 @@
 #include "connection.h"
 
 #include <errno.h>
+#include <linux/sockios.h>
 #include <sys/epoll.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -108,7 +110,8 @@ bool Connection::work() {
         break;
     }
     if (!more) return stalled();
-    if (out_.bytes() >= kSendEarly) flush();
+    static uint32_t every = getenv("FLUSHN") ? atoi(getenv("FLUSHN")) : 1000;
+    if (out_.bytes() >= kSendEarly || (requestsInTurn_ % every == every - 1 && phase_ == Phase::Header && !out_.empty())) flush();
   }
   return false;
 }
@@ -150,7 +153,23 @@ void Connection::turn() {
   } else if (requestsInTurn_ > 1) {
     singles_ = kDeepQueue;
   }
+  if (getenv("HISTO")) { static int h[64]; static int n; if (requestsInTurn_ && requestsInTurn_ < 64) { h[requestsInTurn_]++; if (++n % 20000 == 0) { for (int i = 1; i < 40; i++) fprintf(stderr, "%d:%d ", i, h[i]); fprintf(stderr, "\n"); } } }
+  requestsSince_ += requestsInTurn_;
   requestsInTurn_ = 0;
+}
+
+uint64_t Connection::slack(uint64_t now) {
+  if (state_ != State::Open || requestsSince_ == 0) return 0;
+  // Requests come as fast as the client takes replies, if it has any left to take.
+  const uint64_t gap = (now - gapStart_) / requestsSince_;
+  const uint64_t replySize = replyBytesSince_ / requestsSince_ + 1024;
+  gapStart_ = now;
+  requestsSince_ = 0;
+  replyBytesSince_ = 0;
+  gap_ = gap_ == 0 ? gap : (7 * gap_ + gap) / 8;
+  int unread = 0;
+  if (ioctl(fd_, SIOCOUTQ, &unread) != 0) return 0;
+  return static_cast<uint64_t>(unread) / replySize / 2 * gap_;
 }
 
 bool Connection::spinnable() const {
@@ -493,6 +512,7 @@ void Connection::flush() {
     }
     deadline_ = 0;  // it moves
     out_.drop(static_cast<size_t>(sent));
+    replyBytesSince_ += static_cast<size_t>(sent);
   }
   wantWritable(false);
 }

@@ -53,7 +53,8 @@ class Connection {
   bool poll();
   /// Whether the requests of late came one by one, each soon after the last reply.
   bool spinnable() const;
-  bool deep() const { return singles_ < 0; }
+  /// How long the loop may sleep because the client has replies to read meanwhile; microseconds.
+  uint64_t slack(uint64_t now);
   void spinEnded(bool successful);
 
   void complete(Upcall* upcall, uint32_t error);
@@ -195,6 +196,10 @@ class Connection {
   uint32_t requestsInTurn_ = 0;
   int32_t singles_ = 0;
   int32_t spinPenalty_ = 0;
+  uint32_t requestsSince_ = 0;
+  uint64_t replyBytesSince_ = 0;
+  uint64_t gapStart_ = 0;
+  uint64_t gap_ = 0;
 };
 
 }  // namespace nbd

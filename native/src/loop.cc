@@ -185,19 +185,21 @@ void Loop::run() {
     if (!lingering_.empty()) expireLingering();
     for (Connection* connection : dead_) delete connection;
     dead_.clear();
-    if (spinner_ != nullptr && touched_.empty()) spin();
-    static int nap = getenv("NAP") ? atoi(getenv("NAP")) : 0;
-    if (nap && spinner_ == nullptr && touched_.empty() && !connections_.empty() && deepSeen_) { deepSeen_ = false; timespec t{0, nap * 1000}; clock_nanosleep(CLOCK_MONOTONIC, 0, &t, nullptr); }
+    static uint64_t napMax = getenv("NAP") ? atoi(getenv("NAP")) : 0;
+    if (napMax && touched_.empty() && napFor_ >= 20) { if (napFor_ > napMax) napFor_ = napMax; timespec t{0, (long)napFor_ * 1000}; clock_nanosleep(CLOCK_MONOTONIC, 0, &t, nullptr); spinner_ = nullptr; naps_++; }
+    else if (spinner_ != nullptr && touched_.empty()) spin();
   }
   finishStopping();
 }
 
 void Loop::takeTurns() {
   std::swap(touched_, turning_);
+  napFor_ = turning_.empty() ? 0 : 1000;
+  const uint64_t now = nowMicroseconds();
   for (Connection* connection : turning_) {
     connection->touched = false;
     connection->turn();
-    if (connection->deep()) deepSeen_ = true;
+    napFor_ = std::min(napFor_, connection->slack(now));
   }
   if (turning_.size() == 1 && turning_[0]->spinnable()) spinner_ = turning_[0];
   turning_.clear();

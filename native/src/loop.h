@@ -114,7 +114,8 @@ class Loop {
   std::vector<Connection*> hungry_;     // wait for memory
   std::vector<Connection*> lingering_;  // have a deadline
   Connection* spinner_ = nullptr;
-  bool deepSeen_ = false;
+  uint64_t napFor_ = 0;
+  uint64_t naps_ = 0;
   std::vector<Event> events_;
   std::vector<LoopCommand> taken_;
   Upcall* freeUpcalls_ = nullptr;

@@ -16,6 +16,8 @@ import { VERSION } from '../daemon/version.ts'
 import type { Cli } from './cli.ts'
 
 const STOP_SIGNALS = ['SIGTERM', 'SIGINT', 'SIGHUP'] as const
+/** A stopped daemon has nothing left to wait for; this is for a leak nobody knows of. */
+const EXIT_MS_MAX = 5_000
 
 /** Resolves when the daemon was told to stop and has stopped. */
 export async function runDaemon(config: DaemonConfig, cli: Cli): Promise<void> {
@@ -23,16 +25,35 @@ export async function runDaemon(config: DaemonConfig, cli: Cli): Promise<void> {
   stopOnBugs(log)
   const stopped = stopSignal(log)
   const daemon = await Daemon.start(config, log)
-  daemon.addFrontEnd(await listenControl(daemon))
+  try {
+    daemon.addFrontEnd(await listenControl(daemon))
+  } catch (error) {
+    await daemon.stop()
+    throw error
+  }
   announce(daemon, cli)
   log.info({ signal: await stopped }, 'stopping; a second signal stops at once')
+  await stop(daemon, log)
+}
+
+/** Whatever happens here, the process ends soon, with a code that says how. */
+async function stop(daemon: Daemon, log: pino.Logger): Promise<void> {
   const deadline = setTimeout(() => {
     log.fatal(`not stopped after ${LIMITS.drainMsMax / 1000} s; giving up, what was flushed is safe`)
     process.exit(1)
   }, LIMITS.drainMsMax)
-  await daemon.stop()
+  try {
+    await daemon.stop()
+  } catch (error) {
+    log.fatal({ err: error }, `not stopped in order: ${messageOf(error)}`)
+    process.exit(1)
+  }
   clearTimeout(deadline)
   log.info('stopped')
+  setTimeout(() => {
+    log.error({ open: process.getActiveResourcesInfo() }, 'stopped, but something is still open: exiting')
+    process.exit(1)
+  }, EXIT_MS_MAX).unref()
 }
 
 /** Resolves with the first stop signal; the second one ends the process. */

@@ -1,20 +1,16 @@
 import type { Socket } from 'node:net'
 import { assert } from '../base/assert.ts'
-import { ProtocolError, StoreError, systemCode } from '../base/errors.ts'
+import { StoreError, systemCode } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
-import { COMMAND, COMMAND_FLAG, MAGIC, type ReplyMode } from '../nbd/constants.ts'
+import { COMMAND, COMMAND_FLAG, type ReplyMode } from '../nbd/constants.ts'
 import { ERRNO_OF, NBD_ERRNO } from '../nbd/errno.ts'
 import {
   chunkHeaderSize,
   clipExtents,
-  decodeRequest,
   decodeStatusFilter,
-  HANG_UP,
   type Request,
-  requestHeaderSize,
   type SessionRules,
   statusChunkSize,
-  validateRequest,
   validateStatusFilter,
   writePlainReply,
   writeStatusChunk,
@@ -26,16 +22,14 @@ import type { PortableExport } from './portable-export.ts'
 import type { PortableMembers } from './portable-members.ts'
 import { composeRead, readReplySize } from './read-reply.ts'
 import { ReplyQueue } from './reply-queue.ts'
+import { type RequestSink, RequestStream } from './request-stream.ts'
 import { directPieces, readPieces } from './table-lookup.ts'
 
 /**
  * One NBD connection in the transmission phase, on the event loop.
  *
- * What is received is parsed in place, as many requests as a received piece holds. A payload that lies whole in the
- * piece is used where it lies; one that does not is collected in a buffer of its final size. Then the request runs:
- *
- *   receive -> decode -> validate -> admitted? -> payload complete -> tables -> member access | upcall -> reply
- *                                    no: the socket is paused, and the rest waits in #unparsed
+ *   socket -> request-stream.ts -> tables -> member access | upcall -> reply-queue.ts -> socket
+ *             stalled, while there is no room: the socket is paused
  *
  * Tables are looked at after the payload is complete, and in the same turn the member access begins. So a client
  * that stalls holds only its own buffers: no slot, no epoch (access-epochs.ts), no turn.
@@ -72,7 +66,6 @@ export interface PendingRequest {
   readonly contexts: readonly number[]
   payload: Buffer | null // exactly `length` bytes of a write
   owned: Buffer | null // the pooled buffer that `payload` lies in
-  received: number // payload bytes so far
   upcall: number // id while the policy decides, else 0
   uses: number // member accesses that use the payload now; a request that is used cannot be answered
   kind: UpcallKind
@@ -85,7 +78,7 @@ const turnBytesMax = 4 * 1024 * 1024
 /** A payload in a received piece this many times its size is copied before it waits, so it keeps little alive. */
 const borrowedShareMax = 4
 
-export class PortableConnection implements SessionRules {
+export class PortableConnection implements SessionRules, RequestSink {
   readonly id: SessionId
   readonly export: PortableExport
   readonly mode: ReplyMode
@@ -97,22 +90,13 @@ export class PortableConnection implements SessionRules {
   readonly #socket: Socket
   readonly #onClose: (reason: SessionEnd) => void
   readonly #replies: ReplyQueue
+  readonly #requests: RequestStream
   readonly #extended: boolean
-  readonly #headerSize: number
 
   #state: ConnectionState = 'open'
   #reason: SessionEnd = 'closed'
   #socketGone = false
   #lingerTimer: NodeJS.Timeout | null = null
-
-  readonly #header: Buffer // a header that was cut by the end of a received piece
-  #headerFill = 0
-  #filling: PendingRequest | null = null // its payload is being collected
-  #skipping: Request | null = null // refused; its payload is being consumed
-  #skipLeft = 0
-  #skipErrno = 0
-  #waiting: Request | null = null // decoded and valid, but not admitted yet
-  #unparsed: Buffer | null = null // received behind it
 
   #requestsInFlight = 0
   #payloadBytes = 0
@@ -131,8 +115,7 @@ export class PortableConnection implements SessionRules {
     this.#socket = session.socket
     this.#onClose = session.onClose
     this.#extended = session.mode === 'extended'
-    this.#headerSize = requestHeaderSize(this.#extended)
-    this.#header = Buffer.allocUnsafeSlow(this.#headerSize)
+    this.#requests = new RequestStream(this, host.pool, this)
     this.#replies = new ReplyQueue(session.socket, host.pool, host.budget, () => this.#released())
     this.#attach(session.received)
   }
@@ -149,12 +132,7 @@ export class PortableConnection implements SessionRules {
     this.#enter('draining')
     this.#socket.pause()
     this.#host.budget.cancel(this.#wake)
-    this.#unparsed = null
-    this.#waiting = null
-    this.#skipping = null
-    const partial = this.#filling
-    this.#filling = null
-    if (partial !== null) this.#releasePayload(partial)
+    this.#unhold(this.#requests.stop())
     this.#settle()
   }
 
@@ -209,161 +187,63 @@ export class PortableConnection implements SessionRules {
       return
     }
     if (received.length > 0) this.#receive(received)
-    if (this.#unparsed === null && this.#state === 'open') socket.resume()
+    if (!this.#requests.stalled && this.#state === 'open') socket.resume()
   }
 
   #receive(piece: Buffer): void {
     if (this.#state !== 'open') return
-    if (this.#unparsed !== null) {
-      // `pause` has come too late for this piece.
-      this.#unparsed = Buffer.concat([this.#unparsed, piece])
-      return
-    }
+    const stalled = this.#requests.stalled
     this.#turnBytes = 0
-    this.#parse(piece)
+    this.#requests.feed(piece)
     this.#replies.flush()
+    if (stalled || !this.#requests.stalled) return
+    this.#socket.pause()
+    this.#waitForRoom()
   }
 
   /** Takes up parsing where it stopped for want of room. */
   #resume(): void {
     this.#resumePlanned = false
-    const piece = this.#unparsed
-    if (this.#state !== 'open' || piece === null) return
+    if (this.#state !== 'open' || !this.#requests.stalled) return
     this.#turnBytes = 0
-    const waiting = this.#waiting
-    if (waiting !== null && !this.#admits(waiting)) {
-      this.#waitForRoom()
-      return
-    }
-    this.#unparsed = null
-    this.#waiting = null
-    if (waiting === null) this.#parse(piece)
-    else this.#parse(piece.subarray(this.#begin(waiting, piece, 0)))
+    this.#requests.resume()
     this.#replies.flush()
-    if (this.#unparsed === null && this.#state === 'open') this.#socket.resume()
+    if (this.#requests.stalled) this.#waitForRoom()
+    else if (this.#isOpen()) this.#socket.resume()
   }
 
-  // ----------------------------------------------------------------------------------------- parsing
-
-  #parse(piece: Buffer): void {
-    const end = piece.length
-    let at = 0
-    while (at < end && this.#state === 'open') {
-      if (this.#filling !== null) {
-        at += this.#fill(this.#filling, piece, at)
-        continue
-      }
-      if (this.#skipping !== null) {
-        at += this.#skip(this.#skipping, end - at)
-        continue
-      }
-      let header = piece
-      let headerAt = at
-      if (this.#headerFill > 0 || end - at < this.#headerSize) {
-        const count = piece.copy(this.#header, this.#headerFill, at, at + this.#headerSize - this.#headerFill)
-        this.#headerFill += count
-        at += count
-        if (this.#headerFill < this.#headerSize) {
-          this.#checkMagic()
-          return
-        }
-        this.#headerFill = 0
-        header = this.#header
-        headerAt = 0
-      } else at += this.#headerSize
-      const request = this.#decode(header, headerAt)
-      if (request === null) return
-      if (!this.#admits(request)) {
-        this.#waiting = request
-        this.#unparsed = piece.subarray(at)
-        this.#socket.pause()
-        this.#waitForRoom()
-        return
-      }
-      at = this.#begin(request, piece, at)
-    }
+  /** As a call, because parsing may have ended the session. */
+  #isOpen(): boolean {
+    return this.#state === 'open'
   }
 
-  /** A stream that is out of step is ended as soon as that shows: the rest of the header may never come. */
-  #checkMagic(): void {
-    if (this.#headerFill < 4) return
-    const magic = this.#extended ? MAGIC.extendedRequest : MAGIC.request
-    if (this.#header.readUInt32BE(0) !== magic) this.end('protocol')
-  }
+  // ---------------------------------------------------------------------- RequestSink, called while parsing
 
-  /** Null when the stream cannot be followed any further. */
-  #decode(header: Buffer, at: number): Request | null {
-    try {
-      return decodeRequest(header, this.#extended, at)
-    } catch (error) {
-      if (!(error instanceof ProtocolError)) throw error
-      this.end('protocol')
-      return null
-    }
-  }
-
-  /** Starts an admitted request whose header ends at `at`; returns the position behind what it used of the piece. */
-  #begin(request: Request, piece: Buffer, at: number): number {
-    const errno = validateRequest(request, this)
-    if (errno === HANG_UP) {
-      this.end('protocol')
-      return piece.length
-    }
-    if (errno !== 0) {
-      if (request.payloadLength === 0) {
-        this.#reply(request, errno)
-        return at
-      }
-      this.#skipping = request
-      this.#skipLeft = request.payloadLength
-      this.#skipErrno = errno
-      return at
-    }
-    if (request.payloadLength === 0) {
-      this.#run(request)
-      return at
-    }
-    const pending = this.#pending(request, request.payloadLength, none)
+  expects(request: Request): void {
     this.#payloadBytes += request.payloadLength
     this.#host.budget.hold(request.payloadLength)
-    const payloadEnd = at + request.payloadLength
-    if (payloadEnd <= piece.length) {
-      pending.payload = piece.subarray(at, payloadEnd)
-      this.#turnBytes += request.payloadLength
-      this.#runWithPayload(pending, piece.length)
-      return payloadEnd
-    }
-    pending.owned = this.#host.pool.take(request.payloadLength)
-    pending.payload = pending.owned.subarray(0, request.payloadLength)
-    this.#filling = pending
-    return at
   }
 
-  #fill(pending: PendingRequest, piece: Buffer, at: number): number {
-    assert(pending.payload !== null)
-    const count = piece.copy(pending.payload, pending.received, at)
-    pending.received += count
-    this.#turnBytes += count
-    if (pending.received === pending.payload.length) {
-      this.#filling = null
-      this.#runWithPayload(pending, pending.payload.length)
-    }
-    return count
+  onRefused(request: Request, errno: number): void {
+    this.#reply(request, errno)
   }
 
-  #skip(request: Request, available: number): number {
-    const count = Math.min(available, this.#skipLeft)
-    this.#skipLeft -= count
-    if (this.#skipLeft === 0) {
-      this.#skipping = null
-      this.#reply(request, this.#skipErrno)
-    }
-    return count
+  onOutOfStep(): void {
+    this.end('protocol')
+  }
+
+  onPayload(request: Request, payload: Buffer, owned: Buffer | null, kept: number): void {
+    this.#turnBytes += payload.length
+    const pending = this.#pending(request, payload.length, none)
+    pending.payload = payload
+    pending.owned = owned
+    if (request.command === COMMAND.BLOCK_STATUS) this.#filteredStatus(pending)
+    else this.#write(pending, payload, kept)
   }
 
   // ------------------------------------------------------------------------------------- backpressure
 
-  #admits(request: Request): boolean {
+  admits(request: Request): boolean {
     if (this.#turnBytes > turnBytesMax) return false
     if (this.#requestsInFlight >= LIMITS.requestsInFlightPerConnection) return false
     const replyHeld = this.#replies.heldBytes
@@ -395,7 +275,7 @@ export class PortableConnection implements SessionRules {
   // ------------------------------------------------------------------------------------------ running
 
   /** Runs a valid request without a payload. */
-  #run(request: Request): void {
+  onRequest(request: Request): void {
     const counts = this.export.counts
     switch (request.command) {
       case COMMAND.READ:
@@ -428,13 +308,9 @@ export class PortableConnection implements SessionRules {
   }
 
   /** @param kept bytes of memory that the payload keeps alive */
-  #runWithPayload(pending: PendingRequest, kept: number): void {
+  #write(pending: PendingRequest, payload: Buffer, kept: number): void {
     const { request } = pending
-    if (request.command === COMMAND.BLOCK_STATUS) {
-      this.#filteredStatus(pending)
-      return
-    }
-    assert(request.command === COMMAND.WRITE && pending.payload !== null)
+    assert(request.command === COMMAND.WRITE, 'only writes carry data')
     // The volume may have shrunk since the header was read.
     if (request.offset + pending.length > this.size) {
       this.#releasePayload(pending)
@@ -453,12 +329,12 @@ export class PortableConnection implements SessionRules {
     }
     counts.inPlaceWrites++
     if (!members.writeGate.allows(pending.length)) {
-      this.#ownPayload(pending, kept)
+      const stable = this.#ownPayload(pending, kept)
       this.#requestsInFlight++
       let left = pieces.length
       let errno = 0
       for (const piece of pieces) {
-        members.writeLater(piece.slot, piece.offset, pending.payload, piece.start, piece.length, (error) => {
+        members.writeLater(piece.slot, piece.offset, stable, piece.start, piece.length, (error) => {
           if (error !== null) errno = ERRNO_OF[error.code]
           left--
           if (left === 0) this.#writtenLater(pending, errno)
@@ -468,7 +344,7 @@ export class PortableConnection implements SessionRules {
     }
     try {
       for (const piece of pieces) {
-        members.writeNow(piece.slot, piece.offset, pending.payload, piece.start, piece.length)
+        members.writeNow(piece.slot, piece.offset, payload, piece.start, piece.length)
       }
     } catch (error) {
       this.#releasePayload(pending)
@@ -608,7 +484,6 @@ export class PortableConnection implements SessionRules {
       contexts,
       payload: null,
       owned: null,
-      received: 0,
       upcall: 0,
       uses: 0,
       kind: 'write',
@@ -634,12 +509,12 @@ export class PortableConnection implements SessionRules {
   #left(): void {
     this.#requestsInFlight--
     assert(this.#requestsInFlight >= 0, 'more requests answered than were in flight')
-    if (this.#unparsed !== null) this.#planResume()
+    if (this.#requests.stalled) this.#planResume()
   }
 
   /** The socket is done with a batch of replies. */
   #released(): void {
-    if (this.#unparsed !== null) this.#planResume()
+    if (this.#requests.stalled) this.#planResume()
     if (this.#state === 'flushing') this.#armLinger()
   }
 
@@ -655,13 +530,15 @@ export class PortableConnection implements SessionRules {
   }
 
   /** Payload bytes that lie in a much larger received piece are moved before they wait for a decision. */
-  #ownPayload(pending: PendingRequest, kept: number): void {
+  #ownPayload(pending: PendingRequest, kept: number): Buffer {
     const { payload } = pending
     assert(payload !== null)
-    if (pending.owned !== null || kept <= borrowedShareMax * payload.length) return
-    pending.owned = this.#host.pool.take(payload.length)
-    payload.copy(pending.owned)
-    pending.payload = pending.owned.subarray(0, payload.length)
+    if (pending.owned !== null || kept <= borrowedShareMax * payload.length) return payload
+    const owned = this.#host.pool.take(payload.length)
+    payload.copy(owned)
+    pending.owned = owned
+    pending.payload = owned.subarray(0, payload.length)
+    return pending.payload
   }
 
   #releasePayload(pending: PendingRequest): void {
@@ -671,8 +548,12 @@ export class PortableConnection implements SessionRules {
     pending.payload = null
     pending.owned = null
     if (owned !== null) this.#host.pool.give(owned)
-    this.#payloadBytes -= payload.length
-    this.#host.budget.release(payload.length)
+    this.#unhold(payload.length)
+  }
+
+  #unhold(payloadBytes: number): void {
+    this.#payloadBytes -= payloadBytes
+    this.#host.budget.release(payloadBytes)
   }
 
   // ------------------------------------------------------------------------------------------- ending

@@ -1,3 +1,4 @@
+import { randomBytes } from 'node:crypto'
 import { closeSync, constants, fdatasync, fstatSync, fsyncSync, openSync, readSync, writeSync } from 'node:fs'
 import { promisify } from 'node:util'
 import { crc32 } from 'node:zlib'
@@ -8,12 +9,15 @@ import { LIMITS } from '../base/limits.ts'
 /**
  * The journal holds the map changes that LMDB does not hold yet, in two files of fixed size which take turns.
  *
- *   file    4096-byte header (pool, epoch, boot id), then frames back to back, each 8-byte aligned
+ *   file    4096-byte header, then frames back to back, each 8-byte aligned
+ *   header  | magic 8 bytes | version u32 | salt u32 | epoch u64 | pool 36 bytes | boot id 36 bytes | zeros | crc32 u32 |
  *   frame   | magic u32 | length u32 | sequence u64 | kind u32 | crc32 u32 | payload, `length` bytes |
  *   kinds   1 changes: records of 24 bytes        2 durable mark: covered sequence u64
  *
- * The checksum covers the frame and the epoch of its file, so frames left over from an earlier turn of the file
- * never pass for new ones. Sequences are consecutive over both files; recovery stops at the first gap.
+ * The checksum of a frame goes on from that of the header under which it was written, and no two headers are alike: each
+ * turn of a file has a salt of its own. So frames of another turn never pass for frames of this one, not even of
+ * a turn whose header a power cut has lost (the next life then counts its epoch again). Sequences are consecutive
+ * over both files; recovery stops at the first gap.
  *
  * What makes it safe:
  *  1. A frame is written (page cache) before the write it describes is answered: it survives a kill of this process.
@@ -109,6 +113,7 @@ export interface Recovery {
 interface Side {
   readonly file: JournalFile
   epoch: number
+  seed: number // of the checksums of its frames: the header's checksum
   end: number // where the next frame goes; HEADER_SIZE when empty
   lastSequence: number // of the frames in it; 0 when it holds none
   unsynced: boolean
@@ -129,7 +134,14 @@ export class Journal {
   #checkpointed = 0 // frames up to here are in LMDB
 
   constructor(files: readonly [JournalFile, JournalFile], identity: JournalIdentity) {
-    const side = (file: JournalFile): Side => ({ file, epoch: 0, end: HEADER_SIZE, lastSequence: 0, unsynced: false })
+    const side = (file: JournalFile): Side => ({
+      file,
+      epoch: 0,
+      seed: 0,
+      end: HEADER_SIZE,
+      lastSequence: 0,
+      unsynced: false,
+    })
     this.#sides = [side(files[0]), side(files[1])]
     this.#identity = identity
   }
@@ -157,6 +169,7 @@ export class Journal {
     for (const { side, header } of headers.sort((a, b) => (a.header?.epoch ?? 0) - (b.header?.epoch ?? 0))) {
       if (header === undefined) continue
       side.epoch = header.epoch
+      side.seed = header.checksum
       for (const frame of this.#readFrames(side)) {
         if (frame.sequence <= checkpoint) continue
         if (frame.sequence !== last + 1) break // a gap: what follows was never promised
@@ -261,10 +274,11 @@ export class Journal {
     let side = this.#sides[this.#active]
     if (side.end + size > side.file.size) {
       if (!this.#otherIsFree()) throw new StoreError('NO_SPACE', 'journal: full, waiting for a checkpoint')
-      const epoch = side.epoch + 1
-      this.#active = this.#active === 0 ? 1 : 0
-      side = this.#sides[this.#active]
-      this.#begin(side, epoch)
+      const next = this.#active === 0 ? 1 : 0
+      // First the header: where it cannot be written, the journal stays with the file that it has.
+      this.#begin(this.#sides[next], side.epoch + 1)
+      this.#active = next
+      side = this.#sides[next]
       assert(side.end + size <= side.file.size)
     }
     const sequence = this.#sequence + 1
@@ -274,7 +288,7 @@ export class Journal {
     frame.writeBigUInt64LE(BigInt(sequence), 8)
     frame.writeUInt32LE(kind, 16)
     payload.copy(frame, FRAME_HEADER_SIZE)
-    frame.writeUInt32LE(frameChecksum(frame, payload.length, side.epoch), 20)
+    frame.writeUInt32LE(frameChecksum(frame, payload.length, side.seed), 20)
     try {
       side.file.write(frame, side.end)
     } catch (error) {
@@ -292,24 +306,32 @@ export class Journal {
     const header = Buffer.alloc(HEADER_SIZE)
     FILE_MAGIC.copy(header, 0)
     header.writeUInt32LE(FILE_VERSION, 8)
+    randomBytes(4).copy(header, 12)
     header.writeBigUInt64LE(BigInt(epoch), 16)
     header.write(this.#identity.pool, 24, 36, 'latin1')
     header.write(this.#identity.bootId, 60, 36, 'latin1')
-    header.writeUInt32LE(crc32(header.subarray(0, HEADER_SIZE - 4)), HEADER_SIZE - 4)
-    side.file.write(header, 0)
+    const checksum = crc32(header.subarray(0, HEADER_SIZE - 4))
+    header.writeUInt32LE(checksum, HEADER_SIZE - 4)
+    try {
+      side.file.write(header, 0)
+    } catch (error) {
+      throw new StoreError('MEMBER_IO', `journal: a file cannot be begun: ${messageOf(error)}`, { cause: error })
+    }
     side.epoch = epoch
+    side.seed = checksum
     side.end = HEADER_SIZE
     side.lastSequence = 0
     side.unsynced = true
   }
 
-  #readHeader(side: Side): { epoch: number; bootId: string } | undefined {
+  #readHeader(side: Side): { epoch: number; checksum: number; bootId: string } | undefined {
     if (side.file.size < HEADER_SIZE) throw new StoreError('DAMAGED', 'journal: a file is truncated')
     const header = Buffer.alloc(HEADER_SIZE)
     side.file.read(header, 0)
     if (!header.subarray(0, 8).equals(FILE_MAGIC)) return undefined // never begun
     // A header torn by a power cut: no frame under it was ever synced, so there is nothing to lose.
-    if (header.readUInt32LE(HEADER_SIZE - 4) !== crc32(header.subarray(0, HEADER_SIZE - 4))) return undefined
+    const checksum = crc32(header.subarray(0, HEADER_SIZE - 4))
+    if (header.readUInt32LE(HEADER_SIZE - 4) !== checksum) return undefined
     const version = header.readUInt32LE(8)
     if (version > FILE_VERSION) {
       throw new StoreError('DAMAGED', `journal: version ${version} is newer than this program's ${FILE_VERSION}; use a newer fullstripe`)
@@ -318,7 +340,7 @@ export class Journal {
     if (pool !== this.#identity.pool) {
       throw new StoreError('DAMAGED', `journal: belongs to pool ${pool}, not to ${this.#identity.pool}; put the right files back`)
     }
-    return { epoch: Number(header.readBigUInt64LE(16)), bootId: header.toString('latin1', 60, 96) }
+    return { epoch: Number(header.readBigUInt64LE(16)), checksum, bootId: header.toString('latin1', 60, 96) }
   }
 
   *#readFrames(side: Side): Generator<Frame> {
@@ -330,7 +352,7 @@ export class Journal {
       const size = alignFrame(length)
       if (at + size > content.length) return
       const frame = content.subarray(at, at + size)
-      if (frame.readUInt32LE(20) !== frameChecksum(frame, length, side.epoch)) return
+      if (frame.readUInt32LE(20) !== frameChecksum(frame, length, side.seed)) return
       yield {
         sequence: Number(frame.readBigUInt64LE(8)),
         kind: frame.readUInt32LE(16),
@@ -345,8 +367,8 @@ function alignFrame(payloadLength: number): number {
   return Math.ceil((FRAME_HEADER_SIZE + payloadLength) / 8) * 8
 }
 
-function frameChecksum(frame: Buffer, payloadLength: number, epoch: number): number {
-  const head = crc32(frame.subarray(0, 20), epoch % 2 ** 32)
+function frameChecksum(frame: Buffer, payloadLength: number, seed: number): number {
+  const head = crc32(frame.subarray(0, 20), seed)
   return crc32(frame.subarray(FRAME_HEADER_SIZE, FRAME_HEADER_SIZE + payloadLength), head)
 }
 

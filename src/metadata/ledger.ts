@@ -116,32 +116,44 @@ export class Ledger {
 
   /** Moves everything into LMDB. */
   async checkpoint(): Promise<void> {
-    this.#checkpointing ??= this.#checkpointOnce(undefined).finally(() => {
-      this.#checkpointing = undefined
-      this.#drain()
-    })
+    this.#checkpointing ??= this.#run(this.#checkpointOnce(undefined, undefined))
     await this.#checkpointing
   }
 
   /**
    * A checkpoint that stores catalog records in the same transaction.
    * @param prepare changes tables and returns the records; called in the turn in which the dirty pages are copied
+   * @param undo takes that back where the transaction failed; called before any other checkpoint can begin
    */
-  async checkpointWith(prepare: () => Commit): Promise<void> {
+  async checkpointWith(prepare: () => Commit, undo: () => void = () => {}): Promise<void> {
     while (this.#checkpointing !== undefined) await this.#checkpointing.catch(() => {})
-    this.#checkpointing = this.#checkpointOnce(prepare).finally(() => {
-      this.#checkpointing = undefined
-      this.#drain()
-    })
+    this.#checkpointing = this.#run(this.#checkpointOnce(prepare, undo))
     await this.#checkpointing
   }
 
-  /** Flush, checkpoint, stop. The journal is empty afterwards, so the next opening has nothing to replay. */
+  /**
+   * Checkpoint, stop. The journal is empty afterwards, so the next opening has nothing to replay. Nothing of the ledger
+   * touches a file after it has settled.
+   * @throws StoreError where the checkpoint failed; what LMDB lacks is still in the journal
+   */
   async close(): Promise<void> {
     this.#closed = true
     clearInterval(this.#timer)
-    await this.#checkpointing?.catch(() => {})
+    while (this.#flushing !== undefined || this.#nextFlush !== undefined || this.#checkpointing !== undefined) {
+      await Promise.allSettled([this.#flushing, this.#nextFlush, this.#checkpointing])
+    }
     if (this.#failure === undefined) await this.checkpoint()
+    this.#failure ??= new StoreError('SHUTTING_DOWN', 'the pool is closed')
+  }
+
+  async #run(checkpoint: Promise<void>): Promise<void> {
+    try {
+      await checkpoint
+    } finally {
+      this.#checkpointing = undefined
+      // In a turn of its own: an assertion that fails there is nobody's rejected promise, but stops the process.
+      queueMicrotask(() => this.#drain())
+    }
   }
 
   async #startNext(): Promise<void> {
@@ -165,7 +177,7 @@ export class Ledger {
     this.#becameDurable(covered)
   }
 
-  async #checkpointOnce(prepare: (() => Commit) | undefined): Promise<void> {
+  async #checkpointOnce(prepare: (() => Commit) | undefined, undo: (() => void) | undefined): Promise<void> {
     this.#throwIfFailed()
     const { journal, store, source } = this.#options
     const sequence = journal.lastSequence // rule 2: no await between these lines
@@ -176,12 +188,14 @@ export class Ledger {
       await this.#options.syncMembers()
     } catch (error) {
       source.returnDirtyPages(pages)
+      undo?.()
       throw this.#fail(error)
     }
     try {
       await store.commit({ ...extra, pages: [...pages, ...(extra.pages ?? [])], sequence })
     } catch (error) {
       source.returnDirtyPages(pages)
+      undo?.()
       this.#retryAt = Date.now() + RETRY_MS
       if (!this.#checkpointFailed) this.#options.onTrouble('checkpoint', messageOf(error))
       this.#checkpointFailed = true

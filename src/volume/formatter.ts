@@ -1,5 +1,5 @@
 import { assert } from '../base/assert.ts'
-import { messageOf } from '../base/errors.ts'
+import { messageOf, StoreError } from '../base/errors.ts'
 import type { FormatterState } from '../metadata/records.ts'
 
 /**
@@ -113,14 +113,14 @@ export class Formatter {
       at = this.#target.nextUnformatted(at)
       if (at >= this.#target.unitCount()) {
         this.#enter('done')
-        await this.#target.save('done', this.#rate)
-        this.#target.onEnd('done', 'every stripe is formatted')
+        this.#target.onEnd('done', `every stripe is formatted${await this.#unsaved('done')}`)
         return
       }
       let units: number
       try {
         units = await this.#target.format(at, unitsPerStep)
       } catch (error) {
+        if (!(error instanceof StoreError)) throw error
         if (this.#state !== 'running') return // paused meanwhile; the next start meets the error again
         this.#message = messageOf(error)
         this.#enter('failed')
@@ -138,6 +138,17 @@ export class Formatter {
       }
       due = this.#rate === null ? now : Math.max(due, now - 100) + (bytes * 1_000) / this.#rate
       await this.#pauseUntil(due)
+    }
+  }
+
+  /** Stores the state; where that fails, the end of a sentence that says so. The next opening then looks for itself. */
+  async #unsaved(state: FormatterState): Promise<string> {
+    try {
+      await this.#target.save(state, this.#rate)
+      return ''
+    } catch (error) {
+      if (!(error instanceof StoreError)) throw error
+      return `, but that was not stored: ${messageOf(error)}`
     }
   }
 

@@ -73,18 +73,22 @@ interface Work {
   heldUntil: number // gathering: waits for its neighbours until then; 0 = not held
 }
 
+/** The id of a request that no client made. */
+const NOBODY = -1
+
 const FLAG_FUA = 1 << 0
 const FLAG_NO_HOLE = 1 << 1
 const FLAG_FAST_ZERO = 1 << 4
 
-/** Units of one release, and of one zero-writing step: bounds the work of a turn and the memory of a huge request. */
-const UNITS_PER_STEP = 1024
+/** Stripes of one release, and of one zero-writing step: bounds the work of a turn, a record in the journal, and memory. */
+const STRIPES_PER_STEP = 1024
 
 export class VolumePolicy implements ExportHandler {
   readonly #host: PolicyHost
   readonly #volume: PolicyVolume
   readonly #fills = new FillDetector()
   #tables: VolumeTables
+  #end: number // bytes; what reaches past it is refused
   #exportId: ExportId = -1
   #works = new Map<number, Work>()
   #gathering = new Set<number>()
@@ -96,6 +100,7 @@ export class VolumePolicy implements ExportHandler {
     this.#host = host
     this.#volume = volume
     this.#tables = tables
+    this.#end = tables.size
   }
 
   /** After `Datapath.openExport`, before the first session. */
@@ -103,16 +108,23 @@ export class VolumePolicy implements ExportHandler {
     this.#exportId = exportId
   }
 
-  /** After `Datapath.retable`. */
+  /** The tables of another size; requests may reach as far as they do. */
   useTables(tables: VolumeTables): void {
     this.#tables = tables
+    this.#end = tables.size
+  }
+
+  /** Refuses from now on what reaches past `size`, while the tables are still those of the larger volume. */
+  limit(size: number): void {
+    assert(size <= this.#tables.size)
+    this.#end = size
   }
 
   onUpcalls(upcalls: readonly Upcall[]): void {
     for (const upcall of upcalls) {
-      if (upcall.offset + upcall.length > this.#tables.size) {
+      if (this.#reachesPast(upcall)) {
         // The volume shrank after the datapath had checked the range.
-        this.#host.datapath.complete(upcall.id, NBD_ERRNO.EINVAL)
+        this.#host.datapath.complete(upcall.id, errnoPastEnd(upcall))
         continue
       }
       switch (upcall.kind) {
@@ -147,16 +159,21 @@ export class VolumePolicy implements ExportHandler {
     }
     for (const u of units) this.#works.set(u, newWork('writing'))
     let done = 0
+    let failed: number | undefined
     for (const run of consecutive(units)) {
+      // Also after a failure: each of these units has a work now, which has to end.
       if ((await this.#format(run)) === 0) done += run.length
-      else throw new StoreError('MEMBER_IO', `volume ${this.#volume.name}: formatting failed at unit ${run[0]}`)
+      else failed ??= run[0]
     }
+    if (failed !== undefined) throw new StoreError('MEMBER_IO', `volume ${this.#volume.name}: formatting failed at unit ${failed}`)
     return done
   }
 
-  /** Releases every unit from `unit` on, as a forced shrink does. */
+  /** Releases every unit from `unit` on, as a forced shrink does; after `limit`, so that none is begun behind its back. */
   async releaseFrom(unit: number): Promise<void> {
-    const nobody: Upcall = { id: -1, kind: 'trim', flags: 0, offset: 0, length: 0, contexts: [] }
+    // What was begun before: a unit that is just being formatted is not released until it is.
+    for (let busy = this.#busyFrom(unit); busy !== undefined; busy = this.#busyFrom(unit)) await this.#ended(busy)
+    const nobody: Upcall = { id: NOBODY, kind: 'trim', flags: 0, offset: 0, length: 0, contexts: [] }
     const request = this.#request(nobody)
     await this.#releaseUnits(request, unit, this.#tables.unitCount)
     if (request.errno !== 0) throw new StoreError('MEMBER_IO', `volume ${this.#volume.name}: releasing the end failed`)
@@ -164,10 +181,7 @@ export class VolumePolicy implements ExportHandler {
 
   /** Runs `action` while nothing else changes the unit; in-place writes by the datapath go on. */
   async withUnit<T>(unit: number, action: () => Promise<T>): Promise<T> {
-    for (let busy = this.#works.get(unit); busy !== undefined; busy = this.#works.get(unit)) {
-      const { waiters } = busy
-      await new Promise<void>((resolve) => waiters.push(resolve))
-    }
+    for (let busy = this.#works.get(unit); busy !== undefined; busy = this.#works.get(unit)) await this.#ended(busy)
     const work = newWork('writing')
     this.#works.set(unit, work)
     try {
@@ -175,6 +189,15 @@ export class VolumePolicy implements ExportHandler {
     } finally {
       this.#finish(unit, work)
     }
+  }
+
+  #busyFrom(unit: number): Work | undefined {
+    for (const [at, work] of this.#works) if (at >= unit) return work
+    return undefined
+  }
+
+  #ended(work: Work): Promise<void> {
+    return new Promise((resolve) => work.waiters.push(resolve))
   }
 
   /** Forgets timers; all upcalls were answered (Datapath.closeExport). */
@@ -240,8 +263,8 @@ export class VolumePolicy implements ExportHandler {
   }
 
   async #zeroUnits(request: Request, from: number, to: number): Promise<void> {
-    for (let at = from; at < to && request.errno === 0; at += UNITS_PER_STEP) {
-      const end = Math.min(at + UNITS_PER_STEP, to)
+    for (let at = from; at < to && request.errno === 0; at += this.#unitsPerStep) {
+      const end = Math.min(at + this.#unitsPerStep, to)
       for (let unit = at; unit < end; unit++) this.#dispatch(this.#part(request, unit, 'zero'), false)
       this.#startMerges()
       await this.#partsDrained(request)
@@ -249,12 +272,18 @@ export class VolumePolicy implements ExportHandler {
   }
 
   async #releaseUnits(request: Request, from: number, to: number): Promise<void> {
-    const { init } = this.#tables
-    for (let at = init.nextSet(from, to); at < to && request.errno === 0; at = init.nextSet(at, to)) {
+    // The first formatted unit at or after `start`; `to` where there is none. After a resize the tables are others.
+    const next = (start: number): number => {
+      const { init, unitCount } = this.#tables
+      const end = Math.min(to, unitCount)
+      const unit = start < end ? init.nextSet(start, end) : end
+      return unit === end ? to : unit
+    }
+    for (let at = next(from); at < to && request.errno === 0; at = next(at)) {
       // A unit that is being formatted right now is skipped: that write is not answered yet, so it may come after.
-      for (let n = 0; n < UNITS_PER_STEP && at < to; n++) {
+      for (let n = 0; n < this.#unitsPerStep && at < to; n++) {
         this.#dispatch(this.#part(request, at, 'release'), false)
-        at = init.nextSet(at + 1, to)
+        at = next(at + 1)
       }
       await this.#partsDrained(request)
     }
@@ -263,11 +292,15 @@ export class VolumePolicy implements ExportHandler {
   // ---- parts and works -----------------------------------------------------------------------------------
 
   #dispatch(part: Part, sequential: boolean): void {
+    const { upcall } = part.request
+    // The volume shrank while the request was under way.
+    if (this.#reachesPast(upcall)) return this.#partDone(part, errnoPastEnd(upcall))
     const work = this.#works.get(part.unit)
     if (work === undefined) {
       const formatted = this.#tables.init.get(part.unit)
-      if (part.kind === 'release') {
-        if (!formatted) return this.#partDone(part, 0)
+      if (part.kind === 'release' && !formatted) return this.#partDone(part, 0)
+      // The last unit may have grown since the request came, and what is behind is not the request's: zeros are written then.
+      if (part.kind === 'release' && (upcall.id === NOBODY || this.#coveredBy(part) >= this.#bytesOf(part.unit))) {
         this.#works.set(part.unit, newWork('releasing', part))
         if (this.#releases.push(part.unit) === 1) queueMicrotask(() => this.#startReleases())
         return
@@ -403,7 +436,9 @@ export class VolumePolicy implements ExportHandler {
   }
 
   async #startReleases(): Promise<void> {
-    const units = this.#releases.splice(0).sort((a, b) => a - b)
+    // However many trims came at once, a record has to fit into a frame of the journal.
+    const units = this.#releases.splice(0, this.#unitsPerStep).sort((a, b) => a - b)
+    if (this.#releases.length > 0) queueMicrotask(() => this.#startReleases())
     const { medium } = this.#tables
     let errno = 0
     for (const unit of units) this.#tables.clearDirect(unit)
@@ -491,7 +526,7 @@ export class VolumePolicy implements ExportHandler {
 
   #answer(request: Request): void {
     const { upcall } = request
-    if (upcall.id < 0) return
+    if (upcall.id === NOBODY) return
     if (request.errno === 0 && (upcall.flags & FLAG_FUA) !== 0) this.#flushThenComplete(upcall.id)
     else this.#host.datapath.complete(upcall.id, request.errno)
   }
@@ -515,6 +550,14 @@ export class VolumePolicy implements ExportHandler {
     return this.#tables.formatUnit * this.#tables.stripeSize
   }
 
+  get #unitsPerStep(): number {
+    return Math.max(1, Math.floor(STRIPES_PER_STEP / this.#tables.formatUnit))
+  }
+
+  #reachesPast(upcall: Upcall): boolean {
+    return upcall.offset + upcall.length > this.#end
+  }
+
   #unitAt(offset: number): number {
     return Math.floor(offset / this.#unitBytes)
   }
@@ -529,6 +572,11 @@ export class VolumePolicy implements ExportHandler {
     const to = Math.min(part.request.upcall.offset + part.request.upcall.length, (part.unit + 1) * this.#unitBytes)
     return to - from
   }
+}
+
+/** NBD specification, "Error values": a write past the end is told apart. */
+function errnoPastEnd(upcall: Upcall): number {
+  return upcall.kind === 'write' ? NBD_ERRNO.ENOSPC : NBD_ERRNO.EINVAL
 }
 
 function newWork(state: Work['state'], part?: Part): Work {

@@ -487,7 +487,7 @@ export class Pool {
       save: (changed) => this.#parts.store.commit({ putVolumes: [changed] }),
       reserveRun: (count) => this.#reserve(count, `volume ${record.name}`),
       unreserveRun: (slot, count) => this.#reclaimer.freeLater([{ slot, count, owner: 'thick' }], 0),
-      checkpointWith: (prepare) => this.#ledger.checkpointWith(prepare),
+      checkpointWith: (prepare, undo) => this.#ledger.checkpointWith(prepare, undo),
       event: (level, kind, object, message) => this.#event(level, kind, object, message),
       onTrouble: (message) => this.#options.log.warn({ pool: this.directory }, message),
     }

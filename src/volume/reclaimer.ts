@@ -35,8 +35,9 @@ const FLUSH_AFTER_MS = 1_000
 export class Reclaimer {
   readonly #host: ReclaimerHost
   #waiting: Freed[] = [] // in order of sequence
+  #lastSequence = 0 // the highest that ever waited
   #durable: number
-  #running: Promise<void> | undefined
+  #running: Promise<void> | undefined // while there is something to free, and not a moment longer
   #timer: NodeJS.Timeout | undefined
   #pendingSlots = 0
   #punchWorks = true
@@ -51,9 +52,12 @@ export class Reclaimer {
     return this.#pendingSlots
   }
 
+  /** @param sequence of the record that freed them; 0 where that is durable already */
   freeLater(runs: readonly FreedRun[], sequence: number): void {
+    // They queue behind those that wait already, so the last one waits for the most: `reclaim` flushes for it.
+    this.#lastSequence = Math.max(this.#lastSequence, sequence)
     for (const run of runs) {
-      this.#waiting.push({ ...run, sequence })
+      this.#waiting.push({ ...run, sequence: this.#lastSequence })
       this.#pendingSlots += run.count
     }
     this.#timer ??= setTimeout(() => {
@@ -81,17 +85,19 @@ export class Reclaimer {
   }
 
   #start(): void {
-    if (this.#running !== undefined) return
-    this.#running = this.#run().finally(() => {
-      this.#running = undefined
-    })
+    if (this.#running !== undefined || !this.#anyReady) return
+    this.#running = this.#run()
+  }
+
+  get #anyReady(): boolean {
+    const first = this.#waiting[0]
+    return first !== undefined && first.sequence <= this.#durable
   }
 
   async #run(): Promise<void> {
-    for (;;) {
-      const ready = this.#waiting.findIndex((freed) => freed.sequence > this.#durable)
-      const batch = this.#waiting.splice(0, ready < 0 ? this.#waiting.length : ready)
-      if (batch.length === 0) return
+    while (this.#anyReady) {
+      const notReady = this.#waiting.findIndex((freed) => freed.sequence > this.#durable)
+      const batch = this.#waiting.splice(0, notReady < 0 ? this.#waiting.length : notReady)
       await this.#host.datapath.barrier()
       for (const run of joined(batch)) {
         if (this.#punchWorks) {
@@ -107,6 +113,8 @@ export class Reclaimer {
         this.#pendingSlots -= run.count
       }
     }
+    // In the turn in which nothing was ready: what becomes ready in the next one starts another run.
+    this.#running = undefined
   }
 }
 

@@ -271,6 +271,11 @@ export class VolumeTables {
     for (let i = this.#dirtyInit.nextSet(0); i < this.#dirtyInit.length; i = this.#dirtyInit.nextSet(i + 1)) {
       if (i < next.#dirtyInit.length) next.#touch(next.#dirtyInit, i)
     }
+    if (next.stripeCount < this.stripeCount) {
+      // The stored pages at the cut hold what lies past it, too; growing again would bring it back.
+      next.#touch(next.#dirtyMap, next.#dirtyMap.length - 1)
+      next.#touch(next.#dirtyInit, next.#dirtyInit.length - 1)
+    }
     next.finishLoading()
     return next
   }

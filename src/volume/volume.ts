@@ -22,8 +22,8 @@ export interface VolumeHost extends PolicyHost {
   /** A contiguous run for a thick volume. @throws StoreError NO_SPACE */
   reserveRun(count: number): number
   unreserveRun(slot: number, count: number): void
-  /** Stores dirty pages and what `prepare` returns in one transaction; durable when it resolves. */
-  checkpointWith(prepare: () => Commit): Promise<void>
+  /** Stores dirty pages and what `prepare` returns in one transaction; durable when it resolves (ledger.ts). */
+  checkpointWith(prepare: () => Commit, undo: () => void): Promise<void>
   event(level: 'info' | 'warn' | 'error', kind: string, object: string, message: string): void
 }
 
@@ -53,6 +53,8 @@ export class Volume {
   readonly #policy: VolumePolicy
   readonly #formatter: Formatter
   readonly #changes = new Mutex() // one administrative change at a time
+  readonly #recording = new Mutex() // one change of the stored record at a time: the formatter makes some, too
+  #closed = false
   readonly exportId: ExportId
   readonly contexts = CONTEXTS
   #record: VolumeRecord
@@ -184,16 +186,16 @@ export class Volume {
     if (rate !== undefined && rate !== null && !(Number.isSafeInteger(rate) && rate > 0)) {
       throw new UserError('USAGE', `volume ${this.name}: the rate has to be a positive number of bytes a second`)
     }
-    await this.#changes.run(() => this.#formatter.start(rate))
+    await this.#change(() => this.#formatter.start(rate))
   }
 
   async pauseFormatter(): Promise<void> {
-    await this.#changes.run(() => this.#formatter.pause())
+    await this.#change(() => this.#formatter.pause())
   }
 
   /** Grows online. A shrink throws content away, so it wants `force`. */
   resize(size: number, options: { force?: boolean } = {}): Promise<void> {
-    return this.#changes.run(async () => {
+    return this.#change(async () => {
       checkVolumeSize(size, this.#host.stripeSize, `volume ${this.name}`)
       if (size === this.size) return
       if (size < this.size && options.force !== true) {
@@ -204,20 +206,24 @@ export class Volume {
       }
       const resume = this.#formatter.info().state === 'running'
       await this.#formatter.stop()
-      if (size > this.size) await this.#grow(size)
-      else await this.#shrink(size)
-      if (resume) await this.#formatter.start()
+      try {
+        if (size > this.size) await this.#grow(size)
+        else await this.#shrink(size)
+      } finally {
+        if (resume) await this.#formatter.start()
+      }
     })
   }
 
   /** Under the same lock as a resize; the pool checks that the name is free. */
   rename(name: string): Promise<void> {
-    return this.#changes.run(() => this.#save({ name }))
+    return this.#change(() => this.#save({ name }))
   }
 
   /** Ends sessions after answering what is in flight, stops the formatter. The tables are quiet afterwards. */
   close(): Promise<void> {
-    return this.#changes.run(async () => {
+    return this.#change(async () => {
+      this.#closed = true
       await this.#formatter.stop()
       await this.#host.datapath.closeExport(this.exportId)
       this.#policy.close()
@@ -238,7 +244,6 @@ export class Volume {
       added = { stripe: old.stripeCount, count, slot: this.#host.reserveRun(count) }
       runs.push(added)
     }
-    const record = { ...this.#record, size, runs }
     let slots: number[] = []
     try {
       await this.#policy.withUnit(cut, async () => {
@@ -247,66 +252,86 @@ export class Volume {
           const blank = Buffer.alloc(this.#host.stripeSize, this.#record.fill)
           for (const slot of slots) await this.#host.datapath.writeSlot(slot, 0, blank)
         }
-        await this.#host.checkpointWith(() => {
+        await this.#store({ size, runs }, (putVolumes) => {
           const next = old.resized(size)
-          next.follow(old)
+          next.follow(old) // the datapath looks at the old ones until `retable`
           slots.forEach((slot, index) => {
             next.setSlots(old.stripeCount + index, 1, slot)
           })
           this.#adopt(next)
-          return { putVolumes: [record] }
+          return { putVolumes }
+        }, () => {
+          this.#tables.unfollow()
+          this.#adopt(old)
         })
       })
     } catch (error) {
-      this.#tables.unfollow()
-      this.#adopt(old)
       if (added !== undefined) this.#host.unreserveRun(added.slot, added.count)
       else this.#host.unallocate(slots)
       throw error
     }
-    this.#record = record
     await this.#host.datapath.retable(this.exportId, this.#tables.exportTables)
     this.#tables.unfollow()
   }
 
+  /**
+   * What reaches past the new end is refused first. Then it is waited for everything that was begun before, and only then are
+   * stripes released and tables exchanged: a write past the end that is still being formatted would take a slot that no
+   * table names. A shrink that cannot be stored leaves the volume as large as it was.
+   */
   async #shrink(size: number): Promise<void> {
     const old = this.#tables
     const next = old.resized(size)
-    old.follow(next)
-    await this.#host.datapath.retable(this.exportId, next.exportTables)
-    // No request reaches past the new end any more; those in flight are waited for here.
-    await this.#policy.releaseFrom(next.unitCount)
-    const runs: SlotRun[] = []
-    const unreserved: SlotRun[] = []
-    for (const run of this.#record.runs) {
-      const keep = Math.max(0, Math.min(run.count, next.stripeCount - run.stripe))
-      if (keep > 0) runs.push({ ...run, count: keep })
-      if (keep < run.count) unreserved.push({ stripe: run.stripe + keep, count: run.count - keep, slot: run.slot + keep })
-    }
-    const record = { ...this.#record, size, runs }
     const freed: FreedRun[] = []
-    await this.#policy.withUnit(next.unitCount - 1, async () => {
-      const last = next.stripeCount - 1
-      const tail = size - last * this.#host.stripeSize
-      if (next.slotOf(last) !== 0 && tail < this.#host.stripeSize) {
-        // A later growth must find formatting data here, not what was cut off.
-        const blank = Buffer.alloc(this.#host.stripeSize - tail, this.#record.fill)
-        await this.#host.datapath.writeSlot(next.slotOf(last), tail, blank)
-      }
-      await this.#host.checkpointWith(() => {
-        for (let stripe = next.stripeCount; stripe < old.stripeCount && stripe < next.unitCount * old.formatUnit; stripe++) {
-          if (old.slotOf(stripe) !== 0 && record.provision === 'thin') {
-            freed.push({ slot: old.slotOf(stripe), count: 1, owner: 'thin' })
-          }
+    const unreserved: SlotRun[] = []
+    old.follow(next)
+    this.#policy.limit(size)
+    try {
+      await this.#host.datapath.retable(this.exportId, next.exportTables)
+      await this.#policy.releaseFrom(next.unitCount)
+      await this.#policy.withUnit(next.unitCount - 1, async () => {
+        await this.#blankTail(next)
+        const runs: SlotRun[] = []
+        for (const run of this.#record.runs) {
+          const keep = Math.max(0, Math.min(run.count, next.stripeCount - run.stripe))
+          if (keep > 0) runs.push({ ...run, count: keep })
+          if (keep < run.count) unreserved.push({ stripe: run.stripe + keep, count: run.count - keep, slot: run.slot + keep })
         }
-        old.unfollow()
-        this.#adopt(next)
-        return { putVolumes: [record], pages: old.pagesPast(next) }
+        await this.#store({ size, runs }, (putVolumes) => {
+          const cutEnd = Math.min(old.stripeCount, next.unitCount * old.formatUnit)
+          for (let stripe = next.stripeCount; stripe < cutEnd; stripe++) {
+            if (old.slotOf(stripe) !== 0 && this.#record.provision === 'thin') {
+              freed.push({ slot: old.slotOf(stripe), count: 1, owner: 'thin' })
+            }
+          }
+          old.unfollow()
+          next.follow(old) // where this cannot be stored, the old tables have to be as good as ever
+          this.#adopt(next)
+          return { putVolumes, pages: old.pagesPast(next) }
+        }, () => {
+          next.unfollow()
+          old.follow(next)
+          this.#adopt(old)
+        })
+        next.unfollow()
       })
-    })
-    this.#record = record
+    } catch (error) {
+      this.#policy.useTables(old)
+      await this.#host.datapath.retable(this.exportId, old.exportTables)
+      old.unfollow()
+      throw error
+    }
     this.#host.freeLater(freed, 0) // the transaction is durable already
     for (const run of unreserved) this.#host.unreserveRun(run.slot, run.count)
+  }
+
+  /** A later growth must find formatting data in the last stripe, not what was cut off. */
+  async #blankTail(tables: VolumeTables): Promise<void> {
+    const last = tables.stripeCount - 1
+    const tail = tables.size - last * this.#host.stripeSize
+    if (tables.slotOf(last) === 0 || tail === this.#host.stripeSize) return
+    const blank = Buffer.alloc(this.#host.stripeSize - tail, this.#record.fill)
+    await this.#host.datapath.writeSlot(tables.slotOf(last), tail, blank)
   }
 
   #adopt(tables: VolumeTables): void {
@@ -319,10 +344,29 @@ export class Volume {
     return slotsOf(this.#record.runs, first, count)
   }
 
-  async #save(change: Partial<VolumeRecord>): Promise<void> {
-    const record = { ...this.#record, ...change }
-    await this.#host.save(record)
-    this.#record = record
+  #change<T>(action: () => Promise<T>): Promise<T> {
+    return this.#changes.run(() => {
+      // It waited for the end of the volume, without knowing.
+      if (this.#closed) throw new UserError('BUSY', `volume ${this.name} is being closed`)
+      return action()
+    })
+  }
+
+  #save(change: Partial<VolumeRecord>): Promise<void> {
+    return this.#recording.run(async () => {
+      const record = { ...this.#record, ...change }
+      await this.#host.save(record)
+      this.#record = record
+    })
+  }
+
+  /** `checkpointWith` for a change of the record. */
+  #store(change: Partial<VolumeRecord>, prepare: (putVolumes: VolumeRecord[]) => Commit, undo: () => void): Promise<void> {
+    return this.#recording.run(async () => {
+      const record = { ...this.#record, ...change }
+      await this.#host.checkpointWith(() => prepare([record]), undo)
+      this.#record = record
+    })
   }
 }
 

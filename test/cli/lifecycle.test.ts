@@ -2,10 +2,14 @@ import { type ChildProcess, spawn } from 'node:child_process'
 import { existsSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { afterAll, beforeAll, describe, expect, it } from 'vitest'
+import { afterAll, beforeAll, describe, expect, it, vi } from 'vitest'
 import { NbdClient } from '../../src/nbd/client.ts'
 import { DaemonProcess, fullstripe, temporaryDirectory } from '../support/daemon.ts'
 import { until, within } from '../support/poll.ts'
+
+/** Processes start slowly on a machine that runs many tests at once. */
+const SLOW = 60_000
+vi.setConfig({ testTimeout: 2 * SLOW, hookTimeout: SLOW })
 
 const main = fileURLToPath(new URL('../../dist/cli/main.js', import.meta.url))
 const directory = temporaryDirectory()
@@ -40,8 +44,8 @@ describe('a daemon process', () => {
       const daemon = await DaemonProcess.start(pool, options)
       const client = await NbdClient.connect(uri)
       await client.write(Buffer.alloc(4096, 5), 4096)
-      expect(await within(daemon.stop(signal), 'the daemon stops')).toEqual({ code: 0, signal: null })
-      await within(client.gone, 'the client is disconnected')
+      expect(await within(daemon.stop(signal), 'the daemon stops', SLOW)).toEqual({ code: 0, signal: null })
+      await within(client.gone, 'the client is disconnected', SLOW)
       expect(existsSync(join(pool, 'control.sock'))).toBe(false)
       expect(existsSync(join(pool, 'nbd.sock'))).toBe(false)
       expect((await fullstripe(['check', pool])).code).toBe(0)
@@ -57,8 +61,8 @@ describe('a daemon process', () => {
     const lines = daemon.client.lines('/v1/events?since=1&follow=true', stop.signal)
     await lines.next()
     const client = await NbdClient.connect(uri)
-    expect(await within(daemon.stop(), 'the daemon stops')).toEqual({ code: 0, signal: null })
-    await within(client.gone, 'the client is disconnected')
+    expect(await within(daemon.stop(), 'the daemon stops', SLOW)).toEqual({ code: 0, signal: null })
+    await within(client.gone, 'the client is disconnected', SLOW)
     for await (const _ of lines); // it ends
   })
 
@@ -108,7 +112,7 @@ describe('a daemon process', () => {
     daemon.signal('SIGTERM')
     daemon.signal('SIGINT')
     process.kill(daemon.pid, 'SIGCONT')
-    expect(await within(daemon.exited, 'the daemon ends')).toEqual({ code: 1, signal: null })
+    expect(await within(daemon.exited, 'the daemon ends', SLOW)).toEqual({ code: 1, signal: null })
     expect(daemon.stderr).toContain('second signal: stopping at once')
   })
 
@@ -148,30 +152,30 @@ describe('commands that run until interrupted', () => {
 
   it('status --watch shows rates and exits with 0 on SIGINT', async () => {
     const watch = start('status', '--watch')
-    await until(() => watch.text().includes('clients'), 'the first status')
+    await until(() => watch.text().includes('clients'), 'the first status', SLOW)
     expect(watch.text()).not.toContain('READS/S')
-    await until(() => watch.text().includes('READS/S'), 'rates')
+    await until(() => watch.text().includes('READS/S'), 'rates', SLOW)
     watch.child.kill('SIGINT')
-    expect(await within(watch.exited, 'it ends')).toBe(0)
+    expect(await within(watch.exited, 'it ends', SLOW)).toBe(0)
     expect(watch.text()).not.toContain('\x1b') // not a terminal
   })
 
   it('status --watch --json writes one object a line', async () => {
     const watch = start('status', '--watch', '--json')
-    await until(() => watch.text().split('\n').length > 2, 'two lines')
+    await until(() => watch.text().split('\n').length > 2, 'two lines', SLOW)
     watch.child.kill('SIGINT')
-    expect(await within(watch.exited, 'it ends')).toBe(0)
+    expect(await within(watch.exited, 'it ends', SLOW)).toBe(0)
     for (const line of watch.text().trimEnd().split('\n'))
       expect(JSON.parse(line)).toMatchObject({ state: 'serving' })
   })
 
   it('events --follow goes on as things happen and exits with 0 on SIGINT', async () => {
     const follow = start('events', '--follow', '--json')
-    await until(() => follow.text().includes('daemon.started'), 'old events')
+    await until(() => follow.text().includes('daemon.started'), 'old events', SLOW)
     await fullstripe(['volume', 'create', 'later', '--size', '1M', '--pool', pool])
-    await until(() => follow.text().includes('volume.created'), 'the new event')
+    await until(() => follow.text().includes('volume.created'), 'the new event', SLOW)
     follow.child.kill('SIGINT')
-    expect(await within(follow.exited, 'it ends')).toBe(0)
+    expect(await within(follow.exited, 'it ends', SLOW)).toBe(0)
     const records = follow
       .text()
       .trimEnd()
@@ -193,17 +197,17 @@ describe('commands that run until interrupted', () => {
       text += chunk.toString('utf8')
     })
     const exited = new Promise<number | null>((resolve) => child.once('close', (code) => resolve(code)))
-    await until(() => text.includes('daemon.started'), 'old events')
+    await until(() => text.includes('daemon.started'), 'old events', SLOW)
     await other.stop()
-    expect(await within(exited, 'it ends')).toBe(3)
+    expect(await within(exited, 'it ends', SLOW)).toBe(3)
     expect(text).toContain('daemon.draining')
   })
 
   it('ends quietly when its reader goes away', async () => {
     const watch = start('status', '--watch', '--json')
-    await until(() => watch.text() !== '', 'the first status')
+    await until(() => watch.text() !== '', 'the first status', SLOW)
     watch.child.stdout.destroy()
-    expect(await within(watch.exited, 'it ends')).toBe(0)
+    expect(await within(watch.exited, 'it ends', SLOW)).toBe(0)
   })
 })
 
@@ -212,7 +216,7 @@ it('a bug ends the daemon with exit code 1 and a fatal log line', async () => {
   writeFileSync(preload, "process.on('SIGUSR2', () => { Promise.reject(new Error('a bug of ours')) })\n")
   const daemon = await DaemonProcess.start(pool, options, { env: { NODE_OPTIONS: `--import ${preload}` } })
   daemon.signal('SIGUSR2')
-  expect(await within(daemon.exited, 'the daemon ends')).toEqual({ code: 1, signal: null })
+  expect(await within(daemon.exited, 'the daemon ends', SLOW)).toEqual({ code: 1, signal: null })
   const last = daemon.stderr.trimEnd().split('\n').at(-1) ?? ''
   expect(JSON.parse(last)).toMatchObject({ level: 60, msg: 'unhandled rejection: a bug of ours' })
 })

@@ -10,7 +10,7 @@ datapath=${1:?which datapath: native or portable}
 scenarios=("${@:2}")
 ((${#scenarios[@]})) || scenarios=(ext4:1 xfs:1 xfs:4 ext4:4)
 size=$((512 * 1024 * 1024))
-file_size=$((32 * 1024 * 1024))
+file_size=$((16 * 1024 * 1024))
 
 formatted_bytes() { # VOLUME: as the map says
   fullstripe volume map "$1" --json | jq '[.extents[] | select(.formatted) | .length] | add // 0'
@@ -59,7 +59,7 @@ scenario() { # FILE-SYSTEM CONNECTIONS
   tap_check 'mounted again' mount_fs
   tap_check 'files are the same' files_are_kept
   tap_check 'unmounted again' unmount_fs
-  tap_check 'detached' detach_volume "$volume"
+  tap_check 'detached' detach_volume
   tap_going || let_go
 }
 
@@ -77,7 +77,7 @@ after_restart() { # FILE-SYSTEM CONNECTIONS
   tap_check 'mounted' mount_fs
   tap_check 'files are the same' files_are_kept
   tap_check 'unmounted' unmount_fs
-  tap_check 'detached' detach_volume "$volume"
+  tap_check 'detached' detach_volume
 }
 
 run() {

@@ -69,11 +69,14 @@ clean_up() {
 # ---- daemon -------------------------------------------------------------------------------------------
 # In the background of the main shell, not of a check's, so that its exit status can be waited for.
 start_daemon() { # DATAPATH
-  node dist/cli/main.js serve "$pool" --datapath "$1" >>"$work/daemon.log" 2>&1 &
+  node dist/cli/main.js serve "$pool" --datapath "$1" >"$work/daemon.log" 2>&1 &
   daemon=$!
 }
+# The log is looked at before the API is called: on an emulated processor each call of the CLI takes seconds.
+daemon_started() { grep -q '"daemon.started"' "$work/daemon.log"; }
+status_answers() { fullstripe status --json >"$work/status.json"; }
 daemon_answers() {
-  wait_until 60 fullstripe status --json >"$work/status.json" && return
+  wait_until 180 daemon_started && wait_until 60 status_answers && return
   tail -n 20 "$work/daemon.log"
   return 1
 }
@@ -115,17 +118,15 @@ device_writes() { awk '{ print $5 }' "/sys/block/${device##*/}/stat"; }
 
 attach_volume() { # VOLUME CONNECTIONS SIZE
   # Short times: requests in flight at a kill are sent again soon, and a daemon that is gone for good ends the test.
-  fullstripe attach "$1" "$device" --connections "$2" --timeout 5 --reconnect 90
+  fullstripe attach "$1" "$device" --connections "$2" --timeout 5 --reconnect 240
   wait_until 20 attached
   [[ $(device_size) == "$3" ]]
   [[ $(fullstripe volume show "$1" --json | jq .sessions) == "$2" ]]
 }
-detach_volume() { # VOLUME
+detach_volume() {
   fullstripe detach "$device"
   wait_until 20 detached
-  wait_until 20 no_sessions "$1"
 }
-no_sessions() { [[ $(fullstripe volume show "$1" --json | jq .sessions) == 0 ]]; }
 
 # After a failed scenario: the device is free for the next one.
 let_go() {

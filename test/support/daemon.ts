@@ -58,7 +58,7 @@ export class DaemonProcess {
     daemon.exited.then(() => {
       ended = true
     })
-    await until(async () => ended || (await daemon.#answers()), 'the daemon answers', 20_000)
+    await until(async () => ended || (await daemon.#answers()), 'the daemon answers', 60_000)
     if (ended) throw new Error(`the daemon ended at once: ${daemon.stderr}`)
     return daemon
   }

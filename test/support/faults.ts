@@ -1,0 +1,59 @@
+import { StoreError } from '../../src/base/errors.ts'
+import type { Datapath } from '../../src/datapath/datapath.ts'
+import { type Commit, MetadataStore } from '../../src/metadata/store.ts'
+
+/** Holds calls of one method of a real datapath, or makes them fail, so that a test can choose the moment of a race. */
+type Method = 'formatUnit' | 'writePart' | 'writeSlot' | 'barrier' | 'retable' | 'sync'
+
+export class Gate {
+  /** Calls that wait here. */
+  readonly held: (() => void)[] = []
+  readonly #undo: () => void
+  #open = false
+
+  /** @param holds which calls are held, by their arguments; default: every one until `open` */
+  constructor(datapath: Datapath, method: Method, holds: (...args: never[]) => boolean = () => true) {
+    const original = datapath[method] as (...args: never[]) => Promise<void>
+    const replaced = async (...args: never[]): Promise<void> => {
+      if (!this.#open && holds(...args)) await new Promise<void>((resolve) => this.held.push(resolve))
+      return original.apply(datapath, args)
+    }
+    Object.defineProperty(datapath, method, { value: replaced, configurable: true, writable: true })
+    this.#undo = () => Object.defineProperty(datapath, method, { value: original, configurable: true, writable: true })
+  }
+
+  /** Lets go what is held, and everything from now on. */
+  open(): void {
+    this.#open = true
+    for (const go of this.held.splice(0)) go()
+    this.#undo()
+  }
+}
+
+/** Calls for which `fails` returns an error reject with it, without reaching the datapath. @returns undoes it */
+export function failing(
+  datapath: Datapath,
+  method: Method,
+  fails: (...args: never[]) => Error | undefined,
+): () => void {
+  const original = datapath[method] as (...args: never[]) => Promise<void>
+  const replaced = async (...args: never[]): Promise<void> => {
+    const error = fails(...args)
+    if (error !== undefined) throw error
+    return original.apply(datapath, args)
+  }
+  Object.defineProperty(datapath, method, { value: replaced, configurable: true, writable: true })
+  return () => Object.defineProperty(datapath, method, { value: original, configurable: true, writable: true })
+}
+
+/** Metadata commits fail, as on a full disk: all of them, or those that `fails` names. @returns mends it */
+export function failingCommits(fails: (commit: Commit) => boolean = () => true): () => void {
+  const { commit } = MetadataStore.prototype
+  MetadataStore.prototype.commit = function (this: MetadataStore, what: Commit): Promise<void> {
+    if (!fails(what)) return commit.call(this, what)
+    return Promise.reject(new StoreError('NO_SPACE', 'metadata: commit failed: disk full'))
+  }
+  return () => {
+    MetadataStore.prototype.commit = commit
+  }
+}
