@@ -78,6 +78,11 @@ export class Formatter {
       this.#wake?.()
       return
     }
+    this.resume()
+  }
+
+  /** Goes on as it is stored: after `stop`, or after an opening. */
+  resume(): void {
     this.#message = undefined
     this.#enter('running')
     this.#loop = this.#run()

@@ -224,6 +224,7 @@ export class Pool {
   /** Being deleted: found by nobody, but a checkpoint still has to hold their pages until the catalog forgets them. */
   readonly #leaving = new Set<Volume>()
   readonly #changes = new Mutex() // of the set of volumes and their names
+  #closed = false
   #nextId: number
   #spaceLevel = 0
   #failedMembers = new Map<number, string>()
@@ -275,6 +276,7 @@ export class Pool {
   static async open(directory: string, options: PoolOptions): Promise<Pool> {
     const parts = await openPoolParts(directory, 'serve')
     let datapath: Datapath | undefined
+    let pool: Pool | undefined
     try {
       for (const note of parts.memberNotes) options.log.warn({ pool: parts.directory }, note)
       const allocator = new SlotAllocator(parts.geometry.slots)
@@ -285,23 +287,32 @@ export class Pool {
           'recovered map changes from the journal',
         )
       }
-      await parts.store.commit({ pages: loaded.tables.flatMap((tables) => tables.takeDirtyPages()), sequence: loaded.lastSequence })
+      if (loaded.lastSequence !== parts.store.checkpoint()) {
+        // What the journal brought back may speak of data that only the page cache holds: it becomes durable first, as
+        // before any other commit (ledger, rule 1).
+        for (const member of parts.members) await member.sync()
+        await parts.store.commit({ pages: loaded.tables.flatMap((tables) => tables.takeDirtyPages()), sequence: loaded.lastSequence })
+      }
       await parts.journal.start(loaded.lastSequence)
       const { chunkSize, dataMembers, parityMembers, dataOffset } = parts.geometry
       datapath = openDatapath(
         { memberFds: parts.members.map(descriptorOf), chunkSize, dataMembers, parityMembers, dataOffset },
         { mode: options.datapath, ...(options.threads === undefined ? {} : { threads: options.threads }) },
       )
-      const pool = new Pool(parts, datapath, allocator, options)
-      loaded.records.forEach((record, index) => {
+      pool = new Pool(parts, datapath, allocator, options)
+      for (const [index, record] of loaded.records.entries()) {
         const tables = loaded.tables[index]
         if (tables !== undefined) pool.#add(record, tables)
-      })
-      for (const volume of pool.volumes()) await volume.resume()
+      }
+      for (const volume of pool.volumes()) volume.resume()
       return pool
     } catch (error) {
-      await datapath?.close()
-      await closeParts(parts)
+      if (pool !== undefined) {
+        await pool.close()
+      } else {
+        await datapath?.close()
+        await closeParts(parts)
+      }
       if (error instanceof UserError) throw error
       throw new UserError('FAILED', `cannot open the pool ${parts.directory}: ${messageOf(error)}`, { cause: error })
     }
@@ -336,7 +347,7 @@ export class Pool {
 
   /** @throws UserError USAGE, EXISTS or FAILED (a thick volume larger than what is free) */
   createVolume(options: VolumeCreateOptions): Promise<Volume> {
-    return this.#changes.run(async () => {
+    return this.#change(async () => {
       const { name, size, provision = 'thin', formatUnit = 1, fill = 0, readOnly = false } = options
       const { stripeSize } = this.#parts.geometry
       this.#checkNewName(name)
@@ -383,7 +394,7 @@ export class Pool {
 
   /** @throws UserError NOT_FOUND; BUSY while clients are connected, unless forced */
   deleteVolume(name: string, options: { force?: boolean } = {}): Promise<void> {
-    return this.#changes.run(async () => {
+    return this.#change(async () => {
       const volume = this.volume(name)
       const sessions = this.datapath.sessionCount(volume.exportId)
       if (sessions > 0 && options.force !== true) {
@@ -394,14 +405,17 @@ export class Pool {
       await volume.close()
       try {
         // As part of a checkpoint, so that none that copied its pages earlier can store them after it is gone.
-        await this.#ledger.checkpointWith(() => {
-          this.#leaving.delete(volume)
-          return { dropVolumes: [volume.record] }
-        })
+        await this.#ledger.checkpointWith(
+          () => {
+            this.#leaving.delete(volume)
+            return { dropVolumes: [volume.record] }
+          },
+          () => this.#leaving.add(volume),
+        )
       } catch (error) {
         // Still in the catalog: serve it again.
         this.#leaving.delete(volume)
-        this.#add(volume.record, volume.tables)
+        this.#add(volume.record, volume.tables).resume()
         throw asUserError(error, `volume ${name} was not deleted`)
       }
       // The transaction is durable and the export closed: nothing refers to these slots any more.
@@ -411,14 +425,14 @@ export class Pool {
         runs.map(({ slot, count }) => ({ slot, count, owner })),
         0,
       )
-      await this.#reclaimer.reclaim()
+      await this.#reclaimer.reclaim().catch(() => {}) // the volume is gone all the same; the ledger has told what failed
       this.#event('info', 'volume.deleted', name, `${approximateSize(volume.size)} given back`)
     })
   }
 
   /** @throws UserError NOT_FOUND, EXISTS, USAGE */
   renameVolume(name: string, newName: string): Promise<void> {
-    return this.#changes.run(async () => {
+    return this.#change(async () => {
       const volume = this.volume(name)
       if (newName === name) return
       this.#checkNewName(newName)
@@ -447,18 +461,28 @@ export class Pool {
   /** Ends sessions after answering what is in flight, flushes, checkpoints, unlocks. */
   close(): Promise<void> {
     return this.#changes.run(async () => {
+      if (this.#closed) return
+      this.#closed = true
       for (const volume of this.#volumes.values()) await volume.close()
       let failure: unknown
-      try {
-        await this.#reclaimer.reclaim()
-        await this.#ledger.close()
-      } catch (error) {
-        failure = error // everything is closed all the same; the journal still has what LMDB lacks
+      // Everything is closed all the same; the journal still has what LMDB lacks.
+      const note = (error: unknown): void => {
+        failure ??= error
       }
+      await this.#reclaimer.reclaim().catch(note)
+      await this.#ledger.close().catch(note)
       await this.#reclaimer.close()
       await this.datapath.close()
       await closeParts(this.#parts)
       if (failure !== undefined) throw asUserError(failure, `the pool ${this.directory} was closed without a checkpoint`)
+    })
+  }
+
+  #change<T>(action: () => Promise<T>): Promise<T> {
+    return this.#changes.run(() => {
+      // It waited for the end of the pool, without knowing.
+      if (this.#closed) throw new UserError('BUSY', `the pool ${this.directory} is being closed`)
+      return action()
     })
   }
 

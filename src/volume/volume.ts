@@ -126,8 +126,8 @@ export class Volume {
   }
 
   /** Goes on with what ran when the pool was closed. */
-  async resume(): Promise<void> {
-    if (this.#record.formatter.state === 'running') await this.#formatter.start()
+  resume(): void {
+    if (this.#record.formatter.state === 'running') this.#formatter.resume()
   }
 
   info(): VolumeInfo {
@@ -210,7 +210,7 @@ export class Volume {
         if (size > this.size) await this.#grow(size)
         else await this.#shrink(size)
       } finally {
-        if (resume) await this.#formatter.start()
+        if (resume) this.#formatter.resume()
       }
     })
   }

@@ -23,7 +23,9 @@ describe.each(DATAPATHS)('resizing over %s', (datapath) => {
     base = mkdtempSync(join(tmpdir(), 'fullstripe-resize-'))
     directory = join(base, 'pool')
   })
+  let mend = (): void => {}
   afterEach(async () => {
+    mend()
     await served?.close().catch(() => {})
     rmSync(base, { recursive: true, force: true })
   })
@@ -98,12 +100,12 @@ describe.each(DATAPATHS)('resizing over %s', (datapath) => {
   it('is as it was when a shrink cannot be stored, and can be tried again', async () => {
     const client = await start({ size: 16 * STRIPE, formatUnit: 2 }, 16)
     await client.write(Buffer.alloc(16 * STRIPE, 1), 0)
-    const working = failingCommits()
+    mend = failingCommits()
     await expect(served.pool.volume('v').resize(5 * STRIPE, { force: true })).rejects.toThrow(/disk full/)
     expect(served.pool.volume('v').size).toBe(16 * STRIPE)
     await client.write(Buffer.alloc(STRIPE, 2), 12 * STRIPE) // past the end that was refused
     await client.write(Buffer.alloc(STRIPE, 3), 1 * STRIPE)
-    working()
+    mend()
     const target = Buffer.alloc(STRIPE)
     await client.read(target, 12 * STRIPE)
     expectSame(target, Buffer.alloc(STRIPE, 2), 'written after the failed shrink')
@@ -119,10 +121,10 @@ describe.each(DATAPATHS)('resizing over %s', (datapath) => {
   it('is as it was when a growth cannot be stored, and can be tried again', async () => {
     const client = await start({ size: 3 * STRIPE, formatUnit: 2 }, 16)
     await client.write(Buffer.alloc(3 * STRIPE, 1), 0)
-    const working = failingCommits()
+    mend = failingCommits()
     await expect(served.pool.volume('v').resize(12 * STRIPE)).rejects.toThrow(/disk full/)
     await client.write(Buffer.alloc(STRIPE, 2), 2 * STRIPE)
-    working()
+    mend()
     await served.pool.volume('v').resize(12 * STRIPE)
     const larger = await served.connect('v')
     const expected = Buffer.alloc(12 * STRIPE)
