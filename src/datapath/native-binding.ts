@@ -110,14 +110,15 @@ export type NativeLoad =
 let loaded: NativeLoad | undefined
 
 /** Loads the addon once; says why where it cannot. */
-export function loadNative(): NativeLoad {
-  loaded ??= load()
+export function loadNative(path = bindingPath): NativeLoad {
+  if (path !== bindingPath) return load(path)
+  loaded ??= load(path)
   return loaded
 }
 
-function load(): NativeLoad {
+function load(path: string): NativeLoad {
   try {
-    const binding = createRequire(import.meta.url)(bindingPath) as Binding
+    const binding = createRequire(import.meta.url)(path) as Binding
     if (binding.version !== bindingVersion) {
       const reason = `the native addon has version ${binding.version}, this program needs ${bindingVersion}: run scripts/setup`
       return { ok: false, reason }

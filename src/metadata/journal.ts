@@ -92,7 +92,8 @@ export function createJournalFile(path: string): void {
   const fd = openSync(path, 'wx', 0o600)
   try {
     const zeros = Buffer.alloc(1 << 20)
-    for (let at = 0; at < LIMITS.journalFileBytes; at += zeros.length) writeSync(fd, zeros, 0, zeros.length, at)
+    for (let at = 0; at < LIMITS.journalFileBytes; at += zeros.length)
+      writeSync(fd, zeros, 0, zeros.length, at)
     fsyncSync(fd)
   } finally {
     closeSync(fd)
@@ -209,7 +210,9 @@ export class Journal {
     // One mark more must always fit behind the changes, or FLUSH could find no room.
     const need = alignFrame(count * CHANGE_RECORD_SIZE) + 4 * alignFrame(8)
     const active = this.#sides[this.#active]
-    return active.end + need <= active.file.size || (this.#otherIsFree() && HEADER_SIZE + need <= active.file.size)
+    return (
+      active.end + need <= active.file.size || (this.#otherIsFree() && HEADER_SIZE + need <= active.file.size)
+    )
   }
 
   /** Whether a checkpoint should be taken, so that there is always a free file to turn to. */
@@ -224,7 +227,10 @@ export class Journal {
    * @throws StoreError MEMBER_IO when the file cannot be written; the frame then does not count
    */
   append(changes: readonly Change[]): number {
-    assert(changes.length > 0 && changes.length * CHANGE_RECORD_SIZE <= FRAME_PAYLOAD_MAX, 'journal frame size')
+    assert(
+      changes.length > 0 && changes.length * CHANGE_RECORD_SIZE <= FRAME_PAYLOAD_MAX,
+      'journal frame size',
+    )
     const payload = Buffer.allocUnsafe(changes.length * CHANGE_RECORD_SIZE)
     changes.forEach((change, index) => {
       encodeChange(change, payload, index * CHANGE_RECORD_SIZE)
@@ -292,7 +298,9 @@ export class Journal {
     try {
       side.file.write(frame, side.end)
     } catch (error) {
-      throw new StoreError('MEMBER_IO', `journal: write failed at ${side.end}: ${messageOf(error)}`, { cause: error })
+      throw new StoreError('MEMBER_IO', `journal: write failed at ${side.end}: ${messageOf(error)}`, {
+        cause: error,
+      })
     }
     this.#sequence = sequence
     side.end += size
@@ -315,7 +323,9 @@ export class Journal {
     try {
       side.file.write(header, 0)
     } catch (error) {
-      throw new StoreError('MEMBER_IO', `journal: a file cannot be begun: ${messageOf(error)}`, { cause: error })
+      throw new StoreError('MEMBER_IO', `journal: a file cannot be begun: ${messageOf(error)}`, {
+        cause: error,
+      })
     }
     side.epoch = epoch
     side.seed = checksum
@@ -334,11 +344,17 @@ export class Journal {
     if (header.readUInt32LE(HEADER_SIZE - 4) !== checksum) return undefined
     const version = header.readUInt32LE(8)
     if (version > FILE_VERSION) {
-      throw new StoreError('DAMAGED', `journal: version ${version} is newer than this program's ${FILE_VERSION}; use a newer fullstripe`)
+      throw new StoreError(
+        'DAMAGED',
+        `journal: version ${version} is newer than this program's ${FILE_VERSION}; use a newer fullstripe`,
+      )
     }
     const pool = header.toString('latin1', 24, 60)
     if (pool !== this.#identity.pool) {
-      throw new StoreError('DAMAGED', `journal: belongs to pool ${pool}, not to ${this.#identity.pool}; put the right files back`)
+      throw new StoreError(
+        'DAMAGED',
+        `journal: belongs to pool ${pool}, not to ${this.#identity.pool}; put the right files back`,
+      )
     }
     return { epoch: Number(header.readBigUInt64LE(16)), checksum, bootId: header.toString('latin1', 60, 96) }
   }

@@ -1,5 +1,5 @@
 import { assert } from '../base/assert.ts'
-import { StoreError, messageOf } from '../base/errors.ts'
+import { messageOf, StoreError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
 import type { Change, Journal } from './journal.ts'
 import type { MetadataPage } from './records.ts'
@@ -139,7 +139,11 @@ export class Ledger {
   async close(): Promise<void> {
     this.#closed = true
     clearInterval(this.#timer)
-    while (this.#flushing !== undefined || this.#nextFlush !== undefined || this.#checkpointing !== undefined) {
+    while (
+      this.#flushing !== undefined ||
+      this.#nextFlush !== undefined ||
+      this.#checkpointing !== undefined
+    ) {
       await Promise.allSettled([this.#flushing, this.#nextFlush, this.#checkpointing])
     }
     if (this.#failure === undefined) await this.checkpoint()
@@ -220,7 +224,9 @@ export class Ledger {
       const { journal, source } = this.#options
       if (!journal.hasRoom(changes.length) || source.dirtyPages() > DIRTY_PAGES_HARD) {
         if (this.#checkpointFailed && Date.now() < this.#retryAt) {
-          return this.#rejectQueued(new StoreError('NO_SPACE', 'metadata: the journal is full and LMDB takes no commit'))
+          return this.#rejectQueued(
+            new StoreError('NO_SPACE', 'metadata: the journal is full and LMDB takes no commit'),
+          )
         }
         // Rejections are handled there: the queue is looked at again either way.
         this.checkpoint().catch(() => {})
@@ -263,7 +269,9 @@ export class Ledger {
 
   #fail(error: unknown): StoreError {
     if (this.#failure === undefined) {
-      this.#failure = new StoreError('MEMBER_IO', `the pool stopped taking flushes: ${messageOf(error)}`, { cause: error })
+      this.#failure = new StoreError('MEMBER_IO', `the pool stopped taking flushes: ${messageOf(error)}`, {
+        cause: error,
+      })
       this.#options.onTrouble('sync', messageOf(error))
     }
     return this.#failure

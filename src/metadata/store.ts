@@ -6,7 +6,13 @@ import { pathToFileURL } from 'node:url'
 import { crc32 } from 'node:zlib'
 import { type Database, open, type RootDatabase } from 'lmdb'
 import { messageOf, StoreError, systemCode } from '../base/errors.ts'
-import { METADATA_VERSION, type MetadataPage, type PageKind, type PoolRecord, type VolumeRecord } from './records.ts'
+import {
+  METADATA_VERSION,
+  type MetadataPage,
+  type PageKind,
+  type PoolRecord,
+  type VolumeRecord,
+} from './records.ts'
 
 /**
  * The transactional store of a pool, one LMDB environment in POOL/metadata:
@@ -63,19 +69,25 @@ export class MetadataStore {
    */
   static async open(directory: string): Promise<MetadataStore> {
     if (!existsSync(join(directory, 'data.mdb'))) {
-      throw new StoreError('DAMAGED', `${directory}: data.mdb is missing; restore the pool's metadata directory from a backup`)
+      throw new StoreError(
+        'DAMAGED',
+        `${directory}: data.mdb is missing; restore the pool's metadata directory from a backup`,
+      )
     }
     await probe(directory)
     try {
       return new MetadataStore(directory)
     } catch (error) {
-      throw new StoreError('DAMAGED', `${directory}: cannot open the metadata: ${messageOf(error)}`, { cause: error })
+      throw new StoreError('DAMAGED', `${directory}: cannot open the metadata: ${messageOf(error)}`, {
+        cause: error,
+      })
     }
   }
 
   pool(): PoolRecord {
     const record = this.#get<PoolRecord>('pool')
-    if (record === undefined) throw new StoreError('DAMAGED', 'metadata: the pool record is missing; restore from a backup')
+    if (record === undefined)
+      throw new StoreError('DAMAGED', 'metadata: the pool record is missing; restore from a backup')
     if (record.version > METADATA_VERSION) {
       throw new StoreError(
         'DAMAGED',
@@ -94,7 +106,10 @@ export class MetadataStore {
   }
 
   *volumes(): Generator<VolumeRecord> {
-    for (const { key, value } of this.#catalog.getRange({ start: ['volume', 0], end: ['volume', Number.MAX_SAFE_INTEGER] })) {
+    for (const { key, value } of this.#catalog.getRange({
+      start: ['volume', 0],
+      end: ['volume', Number.MAX_SAFE_INTEGER],
+    })) {
       yield decodeJson<VolumeRecord>(value, JSON.stringify(key))
     }
   }
@@ -102,7 +117,10 @@ export class MetadataStore {
   /** All stored pages of a medium, each kind in order of index. */
   *pages(medium: number, kind: PageKind): Generator<{ index: number; bytes: Buffer }> {
     const number = KIND_NUMBER[kind]
-    for (const { key, value } of this.#pages.getRange({ start: [medium, number, 0], end: [medium, number + 1, 0] })) {
+    for (const { key, value } of this.#pages.getRange({
+      start: [medium, number, 0],
+      end: [medium, number + 1, 0],
+    })) {
       const index = Array.isArray(key) ? Number(key[2]) : -1
       yield { index, bytes: checked(value, `${kind} page ${index} of medium ${medium}`) }
     }
@@ -134,7 +152,9 @@ export class MetadataStore {
       }
       for (const page of commit.pages ?? []) {
         const key: Key = [page.medium, KIND_NUMBER[page.kind], page.index]
-        settled.push(page.bytes === undefined ? this.#pages.remove(key) : this.#pages.put(key, sealed(page.bytes)))
+        settled.push(
+          page.bytes === undefined ? this.#pages.remove(key) : this.#pages.put(key, sealed(page.bytes)),
+        )
       }
     })
   }
@@ -198,11 +218,16 @@ async function commitError(error: unknown): Promise<StoreError> {
       () => error,
       (why: unknown) => why,
     )
-    reason = await Promise.race([told, new Promise((resolve) => setTimeout(() => resolve(error), REASON_MS_MAX))])
+    reason = await Promise.race([
+      told,
+      new Promise((resolve) => setTimeout(() => resolve(error), REASON_MS_MAX)),
+    ])
   }
   const text = messageOf(reason)
   const full = systemCode(reason) === 'ENOSPC' || /no space|MAP_FULL|ENOSPC/i.test(text)
-  return new StoreError(full ? 'NO_SPACE' : 'MEMBER_IO', `metadata: commit failed: ${text}`, { cause: reason })
+  return new StoreError(full ? 'NO_SPACE' : 'MEMBER_IO', `metadata: commit failed: ${text}`, {
+    cause: reason,
+  })
 }
 
 const PROBE = `

@@ -71,7 +71,10 @@ class Check {
     for (const record of records) {
       for (const { slot, count } of record.runs) {
         if (!this.#allocator.reserve(slot, count)) {
-          this.#error(`volume ${record.name}`, `its reserved slots ${slot}+${count} are outside the pool or another volume's`)
+          this.#error(
+            `volume ${record.name}`,
+            `its reserved slots ${slot}+${count} are outside the pool or another volume's`,
+          )
         }
       }
     }
@@ -80,7 +83,11 @@ class Check {
       await this.#volume(record, changes.get(record.medium) ?? [])
     }
     const errors = this.#findings.filter((finding) => finding.severity === 'error')
-    const status = errors.some((finding) => !finding.repaired) ? 'damaged' : errors.length > 0 ? 'repaired' : 'clean'
+    const status = errors.some((finding) => !finding.repaired)
+      ? 'damaged'
+      : errors.length > 0
+        ? 'repaired'
+        : 'clean'
     return { status, findings: this.#findings, volumes: records.length, slotsUsed: this.#slotsUsed }
   }
 
@@ -114,10 +121,16 @@ class Check {
         byMedium.set(change.medium, list)
       }
       if (recovery.changes.length > 0) {
-        this.#note('journal', `${recovery.changes.length} changes since the last checkpoint; the next opening takes them over`)
+        this.#note(
+          'journal',
+          `${recovery.changes.length} changes since the last checkpoint; the next opening takes them over`,
+        )
       }
       if (recovery.dropped > 0) {
-        this.#note('journal', `${recovery.dropped} frames were never flushed before the machine stopped; the next opening drops them`)
+        this.#note(
+          'journal',
+          `${recovery.dropped} frames were never flushed before the machine stopped; the next opening drops them`,
+        )
       }
     } catch (error) {
       this.#error('journal', explain(error))
@@ -134,7 +147,8 @@ class Check {
     })
     try {
       for (const kind of ['map', 'init'] as const) {
-        for (const page of this.#parts.store.pages(record.medium, kind)) tables.loadPage(kind, page.index, page.bytes)
+        for (const page of this.#parts.store.pages(record.medium, kind))
+          tables.loadPage(kind, page.index, page.bytes)
       }
     } catch (error) {
       this.#error(object, explain(error))
@@ -147,13 +161,20 @@ class Check {
       this.#slotsUsed += run.count
       if (record.provision === 'thick') {
         const wrong = misplaced(record, run.stripe, run.slot, run.count)
-        if (wrong !== undefined) this.#error(object, `stripe ${wrong} is in slot ${tables.slotOf(wrong)}, which is not the reserved one`)
+        if (wrong !== undefined)
+          this.#error(
+            object,
+            `stripe ${wrong} is in slot ${tables.slotOf(wrong)}, which is not the reserved one`,
+          )
         continue
       }
       if (this.#allocator.markUsed(run.slot, run.count, 'thin')) continue
       for (let i = 0; i < run.count; i++) {
         if (!this.#allocator.markUsed(run.slot + i, 1, 'thin')) {
-          this.#error(object, `stripe ${run.stripe + i}: slot ${run.slot + i} is outside the pool or has another owner too`)
+          this.#error(
+            object,
+            `stripe ${run.stripe + i}: slot ${run.slot + i} is outside the pool or has another owner too`,
+          )
           break // one line a run tells enough
         }
       }

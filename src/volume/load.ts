@@ -37,7 +37,8 @@ export function loadTables(source: LoadSource, allocator: SlotAllocator): Loaded
     const table = tables[index]
     if (table === undefined) return
     claimSlots(record, table, allocator)
-    for (let unit = table.init.nextSet(0); unit < table.unitCount; unit = table.init.nextSet(unit + 1)) table.setDirect(unit)
+    for (let unit = table.init.nextSet(0); unit < table.unitCount; unit = table.init.nextSet(unit + 1))
+      table.setDirect(unit)
   })
   return {
     records,
@@ -60,13 +61,18 @@ function loadVolume(store: MetadataStore, record: VolumeRecord, geometry: Geomet
 /** @throws StoreError DAMAGED when a slot is outside the pool, named twice, or not of the kind it should be */
 function claimSlots(record: VolumeRecord, tables: VolumeTables, allocator: SlotAllocator): void {
   const damaged = (slot: number, count: number, problem: string): StoreError =>
-    new StoreError('DAMAGED', `volume ${record.name}: slots ${slot}+${count} ${problem}; run: fullstripe check POOL`)
+    new StoreError(
+      'DAMAGED',
+      `volume ${record.name}: slots ${slot}+${count} ${problem}; run: fullstripe check POOL`,
+    )
   for (const { slot, count } of record.runs) {
-    if (!allocator.reserve(slot, count)) throw damaged(slot, count, 'cannot be reserved: outside the pool, or taken by another volume')
+    if (!allocator.reserve(slot, count))
+      throw damaged(slot, count, 'cannot be reserved: outside the pool, or taken by another volume')
   }
   for (const { stripe, slot, count } of tables.slotRuns()) {
     if (record.provision === 'thin') {
-      if (!allocator.markUsed(slot, count, 'thin')) throw damaged(slot, count, 'cannot be used: outside the pool, or named twice')
+      if (!allocator.markUsed(slot, count, 'thin'))
+        throw damaged(slot, count, 'cannot be used: outside the pool, or named twice')
       continue
     }
     const wrong = misplaced(record, stripe, slot, count)
@@ -75,7 +81,12 @@ function claimSlots(record: VolumeRecord, tables: VolumeTables, allocator: SlotA
 }
 
 /** The first of `count` stripes whose slot is not the one that a thick volume reserved for it; undefined where all are. */
-export function misplaced(record: VolumeRecord, stripe: number, slot: number, count: number): number | undefined {
+export function misplaced(
+  record: VolumeRecord,
+  stripe: number,
+  slot: number,
+  count: number,
+): number | undefined {
   for (let done = 0; done < count; ) {
     const at = stripe + done
     const run = record.runs.find((r) => at >= r.stripe && at < r.stripe + r.count)

@@ -165,23 +165,27 @@ export class VolumePolicy implements ExportHandler {
       if ((await this.#format(run)) === 0) done += run.length
       else failed ??= run[0]
     }
-    if (failed !== undefined) throw new StoreError('MEMBER_IO', `volume ${this.#volume.name}: formatting failed at unit ${failed}`)
+    if (failed !== undefined)
+      throw new StoreError('MEMBER_IO', `volume ${this.#volume.name}: formatting failed at unit ${failed}`)
     return done
   }
 
   /** Releases every unit from `unit` on, as a forced shrink does; after `limit`, so that none is begun behind its back. */
   async releaseFrom(unit: number): Promise<void> {
     // What was begun before: a unit that is just being formatted is not released until it is.
-    for (let busy = this.#busyFrom(unit); busy !== undefined; busy = this.#busyFrom(unit)) await this.#ended(busy)
+    for (let busy = this.#busyFrom(unit); busy !== undefined; busy = this.#busyFrom(unit))
+      await this.#ended(busy)
     const nobody: Upcall = { id: NOBODY, kind: 'trim', flags: 0, offset: 0, length: 0, contexts: [] }
     const request = this.#request(nobody)
     await this.#releaseUnits(request, unit, this.#tables.unitCount)
-    if (request.errno !== 0) throw new StoreError('MEMBER_IO', `volume ${this.#volume.name}: releasing the end failed`)
+    if (request.errno !== 0)
+      throw new StoreError('MEMBER_IO', `volume ${this.#volume.name}: releasing the end failed`)
   }
 
   /** Runs `action` while nothing else changes the unit; in-place writes by the datapath go on. */
   async withUnit<T>(unit: number, action: () => Promise<T>): Promise<T> {
-    for (let busy = this.#works.get(unit); busy !== undefined; busy = this.#works.get(unit)) await this.#ended(busy)
+    for (let busy = this.#works.get(unit); busy !== undefined; busy = this.#works.get(unit))
+      await this.#ended(busy)
     const work = newWork('writing')
     this.#works.set(unit, work)
     try {
@@ -236,12 +240,14 @@ export class VolumePolicy implements ExportHandler {
       return
     }
     if (firstWhole >= endWhole) {
-      for (let unit = this.#unitAt(offset); unit <= this.#unitAt(end - 1); unit++) this.#dispatchZero(request, unit, writes)
+      for (let unit = this.#unitAt(offset); unit <= this.#unitAt(end - 1); unit++)
+        this.#dispatchZero(request, unit, writes)
       this.#partsMade(request)
       return
     }
     if (offset < firstWhole * unitBytes) this.#dispatchZero(request, firstWhole - 1, writes)
-    if (end > endWhole * unitBytes && endWhole < this.#tables.unitCount) this.#dispatchZero(request, endWhole, writes)
+    if (end > endWhole * unitBytes && endWhole < this.#tables.unitCount)
+      this.#dispatchZero(request, endWhole, writes)
     const whole = writes
       ? this.#zeroUnits(request, firstWhole, endWhole)
       : this.#releaseUnits(request, firstWhole, endWhole)
@@ -300,7 +306,10 @@ export class VolumePolicy implements ExportHandler {
       const formatted = this.#tables.init.get(part.unit)
       if (part.kind === 'release' && !formatted) return this.#partDone(part, 0)
       // The last unit may have grown since the request came, and what is behind is not the request's: zeros are written then.
-      if (part.kind === 'release' && (upcall.id === NOBODY || this.#coveredBy(part) >= this.#bytesOf(part.unit))) {
+      if (
+        part.kind === 'release' &&
+        (upcall.id === NOBODY || this.#coveredBy(part) >= this.#bytesOf(part.unit))
+      ) {
         this.#works.set(part.unit, newWork('releasing', part))
         if (this.#releases.push(part.unit) === 1) queueMicrotask(() => this.#startReleases())
         return
@@ -315,7 +324,8 @@ export class VolumePolicy implements ExportHandler {
       }
       const gathering = newWork('gathering', part)
       gathering.covered = this.#coveredBy(part)
-      if (sequential && this.#fills.worthHolding()) gathering.heldUntil = performance.now() + LIMITS.mergeHoldMs
+      if (sequential && this.#fills.worthHolding())
+        gathering.heldUntil = performance.now() + LIMITS.mergeHoldMs
       this.#works.set(part.unit, gathering)
       this.#gathering.add(part.unit)
       return
@@ -408,18 +418,26 @@ export class VolumePolicy implements ExportHandler {
       const overlays = [...requests].sort((a, b) => a.order - b.order).map((request) => request.upcall.id)
       await this.#host.datapath.formatUnit({ export: this.#exportId, stripe: first, slots, overlays })
       const taken = slots
-      await this.#host.record(formatChanges(this.#tables.medium, first, taken, firstUnit, units.length), () => {
-        for (const run of slotRunsOf(first, taken)) this.#tables.setSlots(run.first, run.count, run.slot)
-        for (const unit of units) {
-          this.#tables.setFormatted(unit)
-          this.#tables.setDirect(unit)
-        }
-        slots = undefined // they belong to the volume now
-      })
+      await this.#host.record(
+        formatChanges(this.#tables.medium, first, taken, firstUnit, units.length),
+        () => {
+          for (const run of slotRunsOf(first, taken)) this.#tables.setSlots(run.first, run.count, run.slot)
+          for (const unit of units) {
+            this.#tables.setFormatted(unit)
+            this.#tables.setDirect(unit)
+          }
+          slots = undefined // they belong to the volume now
+        },
+      )
     } catch (error) {
       if (slots !== undefined) this.#host.unallocate(slots)
       // Almost full: what is left may still do for some of them.
-      if (slots === undefined && units.length > 1 && error instanceof StoreError && error.code === 'NO_SPACE') {
+      if (
+        slots === undefined &&
+        units.length > 1 &&
+        error instanceof StoreError &&
+        error.code === 'NO_SPACE'
+      ) {
         const half = units.length >> 1
         const errnos = [await this.#format(units.slice(0, half)), await this.#format(units.slice(half))]
         return Math.max(...errnos)
@@ -569,7 +587,10 @@ export class VolumePolicy implements ExportHandler {
 
   #coveredBy(part: Part): number {
     const from = Math.max(part.request.upcall.offset, part.unit * this.#unitBytes)
-    const to = Math.min(part.request.upcall.offset + part.request.upcall.length, (part.unit + 1) * this.#unitBytes)
+    const to = Math.min(
+      part.request.upcall.offset + part.request.upcall.length,
+      (part.unit + 1) * this.#unitBytes,
+    )
     return to - from
   }
 }
@@ -580,7 +601,15 @@ function errnoPastEnd(upcall: Upcall): number {
 }
 
 function newWork(state: Work['state'], part?: Part): Work {
-  return { state, parts: part === undefined ? [] : [part], queue: [], waiters: [], active: 0, covered: 0, heldUntil: 0 }
+  return {
+    state,
+    parts: part === undefined ? [] : [part],
+    queue: [],
+    waiters: [],
+    active: 0,
+    covered: 0,
+    heldUntil: 0,
+  }
 }
 
 /** Cuts an ascending list into runs of consecutive numbers, none longer than `max`. */
@@ -596,7 +625,10 @@ function* consecutive(sorted: readonly number[], max = Number.POSITIVE_INFINITY)
   if (run.length > 0) yield run
 }
 
-function* slotRunsOf(first: number, slots: readonly number[]): Generator<{ first: number; count: number; slot: number }> {
+function* slotRunsOf(
+  first: number,
+  slots: readonly number[],
+): Generator<{ first: number; count: number; slot: number }> {
   for (let at = 0; at < slots.length; ) {
     const slot = slots[at] ?? 0
     let count = 1
@@ -606,7 +638,13 @@ function* slotRunsOf(first: number, slots: readonly number[]): Generator<{ first
   }
 }
 
-function formatChanges(medium: number, first: number, slots: readonly number[], unit: number, units: number): Change[] {
+function formatChanges(
+  medium: number,
+  first: number,
+  slots: readonly number[],
+  unit: number,
+  units: number,
+): Change[] {
   const changes: Change[] = []
   for (const run of slotRunsOf(first, slots)) changes.push({ op: CHANGE.slots, medium, ...run })
   changes.push({ op: CHANGE.formatted, medium, first: unit, count: units, slot: 0 })

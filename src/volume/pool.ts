@@ -1,5 +1,5 @@
-import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, statfsSync } from 'node:fs'
 import { randomUUID } from 'node:crypto'
+import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, statfsSync } from 'node:fs'
 import { join, resolve } from 'node:path'
 import type { Logger } from 'pino'
 import { messageOf, StoreError, systemCode, UserError } from '../base/errors.ts'
@@ -109,7 +109,9 @@ export async function createPool(directory: string, options: PoolCreateOptions =
     lock = acquireLock(files.lock, 'pool create')
   } catch (error) {
     if (error instanceof UserError) throw error
-    throw new UserError('FAILED', `cannot make the pool directory ${at}: ${messageOf(error)}`, { cause: error })
+    throw new UserError('FAILED', `cannot make the pool directory ${at}: ${messageOf(error)}`, {
+      cause: error,
+    })
   }
   // From here on everything in the directory but the lock file is ours to remove.
   let undoMembers: (() => Promise<void>) | undefined
@@ -146,7 +148,13 @@ export async function createPool(directory: string, options: PoolCreateOptions =
     const store = await MetadataStore.create(files.metadata, record)
     await store.close()
     await made.keep()
-    return poolInfo(at, record, made.geometry, made.members.map((m) => ({ ...m, state: 'online' as const })), undefined)
+    return poolInfo(
+      at,
+      record,
+      made.geometry,
+      made.members.map((m) => ({ ...m, state: 'online' as const })),
+      undefined,
+    )
   } catch (error) {
     await undoMembers?.()
     if (mine) {
@@ -194,8 +202,19 @@ export async function openPoolParts(directory: string, what: string): Promise<Po
     store = await MetadataStore.open(files.metadata)
     const record = store.pool()
     const { chunkSize, dataMembers, parityMembers, dataOffset, slots } = record
-    const geometry: Geometry = { chunkSize, dataMembers, parityMembers, dataOffset, slots, stripeSize: chunkSize * dataMembers }
-    const opened = await openMembers(at, record.members, { uuid: record.uuid, generation: record.generation, geometry })
+    const geometry: Geometry = {
+      chunkSize,
+      dataMembers,
+      parityMembers,
+      dataOffset,
+      slots,
+      stripeSize: chunkSize * dataMembers,
+    }
+    const opened = await openMembers(at, record.members, {
+      uuid: record.uuid,
+      generation: record.generation,
+      geometry,
+    })
     members = opened.members
     const journal = new Journal([openJournalFile(files.journals[0]), openJournalFile(files.journals[1])], {
       pool: record.uuid,
@@ -254,7 +273,10 @@ export class Pool {
       syncMembers: () => datapath.sync(),
       onDurable: (sequence) => this.#reclaimer.onDurable(sequence),
       onTrouble: (kind, message) => {
-        const text = kind === 'sync' ? `${message}; flushes are refused from now on: restart the daemon once the cause is mended` : message
+        const text =
+          kind === 'sync'
+            ? `${message}; flushes are refused from now on: restart the daemon once the cause is mended`
+            : message
         this.#event('error', `metadata.${kind}`, this.directory, text)
       },
     })
@@ -291,7 +313,10 @@ export class Pool {
         // What the journal brought back may speak of data that only the page cache holds: it becomes durable first, as
         // before any other commit (ledger, rule 1).
         for (const member of parts.members) await member.sync()
-        await parts.store.commit({ pages: loaded.tables.flatMap((tables) => tables.takeDirtyPages()), sequence: loaded.lastSequence })
+        await parts.store.commit({
+          pages: loaded.tables.flatMap((tables) => tables.takeDirtyPages()),
+          sequence: loaded.lastSequence,
+        })
       }
       await parts.journal.start(loaded.lastSequence)
       const { chunkSize, dataMembers, parityMembers, dataOffset } = parts.geometry
@@ -314,7 +339,9 @@ export class Pool {
         await closeParts(parts)
       }
       if (error instanceof UserError) throw error
-      throw new UserError('FAILED', `cannot open the pool ${parts.directory}: ${messageOf(error)}`, { cause: error })
+      throw new UserError('FAILED', `cannot open the pool ${parts.directory}: ${messageOf(error)}`, {
+        cause: error,
+      })
     }
   }
 
@@ -340,7 +367,10 @@ export class Pool {
   volume(name: string): Volume {
     const volume = this.#volumes.get(name)
     if (volume === undefined) {
-      throw new UserError('NOT_FOUND', `there is no volume ${printable(name)}: see the names with: fullstripe volume list`)
+      throw new UserError(
+        'NOT_FOUND',
+        `there is no volume ${printable(name)}: see the names with: fullstripe volume list`,
+      )
     }
     return volume
   }
@@ -354,16 +384,25 @@ export class Pool {
       checkVolumeSize(size, stripeSize, `volume ${name}`)
       const unitMax = Math.floor(LIMITS.formatUnitBytesMax / stripeSize)
       if (!Number.isInteger(formatUnit) || formatUnit < 1 || formatUnit > unitMax) {
-        throw new UserError('USAGE', `volume ${name}: the format unit has to be 1 to ${unitMax} stripes, not ${formatUnit}`)
+        throw new UserError(
+          'USAGE',
+          `volume ${name}: the format unit has to be 1 to ${unitMax} stripes, not ${formatUnit}`,
+        )
       }
       if (!Number.isInteger(fill) || fill < 0 || fill > 255) {
         throw new UserError('USAGE', `volume ${name}: the fill byte has to be 0 to 255, not ${fill}`)
       }
       if (this.#volumes.size >= LIMITS.volumesPerPoolMax) {
-        throw new UserError('REFUSED', `the pool has ${this.#volumes.size} volumes, which is the most it can have: delete one first`)
+        throw new UserError(
+          'REFUSED',
+          `the pool has ${this.#volumes.size} volumes, which is the most it can have: delete one first`,
+        )
       }
       const stripes = Math.ceil(size / stripeSize)
-      const runs = provision === 'thick' ? [{ stripe: 0, count: stripes, slot: this.#reserve(stripes, `volume ${name}`) }] : []
+      const runs =
+        provision === 'thick'
+          ? [{ stripe: 0, count: stripes, slot: this.#reserve(stripes, `volume ${name}`) }]
+          : []
       const id = this.#nextId++
       const record: VolumeRecord = {
         id,
@@ -398,7 +437,10 @@ export class Pool {
       const volume = this.volume(name)
       const sessions = this.datapath.sessionCount(volume.exportId)
       if (sessions > 0 && options.force !== true) {
-        throw new UserError('BUSY', `volume ${name} has ${sessions} connected client${sessions > 1 ? 's' : ''}: detach them or use --force`)
+        throw new UserError(
+          'BUSY',
+          `volume ${name} has ${sessions} connected client${sessions > 1 ? 's' : ''}: detach them or use --force`,
+        )
       }
       this.#volumes.delete(name) // no new client finds it
       this.#leaving.add(volume)
@@ -474,7 +516,8 @@ export class Pool {
       await this.#reclaimer.close()
       await this.datapath.close()
       await closeParts(this.#parts)
-      if (failure !== undefined) throw asUserError(failure, `the pool ${this.directory} was closed without a checkpoint`)
+      if (failure !== undefined)
+        throw asUserError(failure, `the pool ${this.directory} was closed without a checkpoint`)
     })
   }
 
@@ -526,7 +569,10 @@ export class Pool {
     }
     if (slots === undefined) {
       this.#watchSpace(100)
-      throw new StoreError('NO_SPACE', `the pool ${this.directory} is full: trim or delete something, or add capacity`)
+      throw new StoreError(
+        'NO_SPACE',
+        `the pool ${this.directory} is full: trim or delete something, or add capacity`,
+      )
     }
     this.#watchSpace()
     return slots
@@ -548,7 +594,10 @@ export class Pool {
     const percent = Math.max(atLeast, ((slots - 1 - this.#allocator.freeCount) * 100) / (slots - 1))
     const level = SPACE_EVENTS_PERCENT.filter((limit) => percent >= limit).length + (atLeast >= 100 ? 1 : 0)
     if (level > this.#spaceLevel) {
-      const text = atLeast >= 100 ? 'full: writes that need space fail' : `${Math.floor(percent)} % of the capacity is taken`
+      const text =
+        atLeast >= 100
+          ? 'full: writes that need space fail'
+          : `${Math.floor(percent)} % of the capacity is taken`
       this.#event(level > 2 ? 'error' : 'warn', 'pool.space', this.directory, text)
     }
     this.#spaceLevel = level
@@ -557,7 +606,8 @@ export class Pool {
   #checkNewName(name: string): void {
     const problem = volumeNameProblem(name)
     if (problem !== undefined) throw new UserError('USAGE', `volume name ${printable(name)} ${problem}`)
-    if (this.#volumes.has(name)) throw new UserError('EXISTS', `volume ${name} exists already: choose another name`)
+    if (this.#volumes.has(name))
+      throw new UserError('EXISTS', `volume ${name} exists already: choose another name`)
   }
 
   #event(level: PoolEvent['level'], kind: string, object: string, message: string): void {
@@ -569,7 +619,8 @@ export class Pool {
 /** What is wrong with a volume name, as the end of a sentence; undefined when it is fine. */
 export function volumeNameProblem(name: string): string | undefined {
   if (name.length === 0) return 'is empty: give it at least one character'
-  if (Buffer.byteLength(name) > LIMITS.volumeNameBytesMax) return `is longer than ${LIMITS.volumeNameBytesMax} bytes`
+  if (Buffer.byteLength(name) > LIMITS.volumeNameBytesMax)
+    return `is longer than ${LIMITS.volumeNameBytesMax} bytes`
   if (/[/@]/.test(name)) return 'contains / or @, which separate parts of a name'
   if (/[\p{Cc}\p{Zl}\p{Zp}\p{Cs}]/u.test(name)) return 'contains control characters'
   if (name !== name.trim()) return 'begins or ends with white space'
@@ -582,7 +633,8 @@ function printable(name: string): string {
 }
 
 function descriptorOf(member: Member): number {
-  if (member.fd === undefined) throw new StoreError('NOT_SUPPORTED', `${member.name} has no file descriptor for the datapath`)
+  if (member.fd === undefined)
+    throw new StoreError('NOT_SUPPORTED', `${member.name} has no file descriptor for the datapath`)
   return member.fd
 }
 
@@ -595,7 +647,8 @@ export async function closeParts(parts: PoolParts): Promise<void> {
 
 function asUserError(error: unknown, what: string): UserError {
   if (error instanceof UserError) return error
-  if (error instanceof StoreError) return new UserError('FAILED', `${what}: ${error.message}`, { cause: error })
+  if (error instanceof StoreError)
+    return new UserError('FAILED', `${what}: ${error.message}`, { cause: error })
   throw error
 }
 

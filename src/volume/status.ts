@@ -47,7 +47,8 @@ export function statusOf(tables: VolumeTables, volume: PolicyVolume, upcall: Upc
     const most = (upcall.flags & FLAG_REQ_ONE) !== 0 ? 1 : LIMITS.blockStatusExtentsMax
     let last: { length: number; flags: number } | undefined
     for (const extent of mapExtents(tables, upcall.offset, upcall.length)) {
-      const flags = context === CONTEXTS[1].id ? (extent.formatted ? INIT_FORMATTED : 0) : allocation(extent, volume)
+      const flags =
+        context === CONTEXTS[1].id ? (extent.formatted ? INIT_FORMATTED : 0) : allocation(extent, volume)
       if (last !== undefined && last.flags === flags) {
         last.length += extent.length
       } else {

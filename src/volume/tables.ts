@@ -3,7 +3,13 @@ import { Bitmap } from '../base/bitmap.ts'
 import { StoreError } from '../base/errors.ts'
 import type { ExportTables } from '../datapath/datapath.ts'
 import { CHANGE, type Change } from '../metadata/journal.ts'
-import { INIT_PAGE_BITS, MAP_PAGE_ENTRIES, type MetadataPage, type PageKind, type SlotRun } from '../metadata/records.ts'
+import {
+  INIT_PAGE_BITS,
+  MAP_PAGE_ENTRIES,
+  type MetadataPage,
+  type PageKind,
+  type SlotRun,
+} from '../metadata/records.ts'
 
 /**
  * A volume's tables: stripe -> slot, init bitmap, direct bitmap, and which of their pages LMDB lacks.
@@ -109,7 +115,8 @@ export class VolumeTables {
   setFormatted(unit: number): void {
     if (this.init.get(unit)) return
     const { first, count } = this.unitStripes(unit)
-    for (let stripe = first; stripe < first + count; stripe++) assert(this.slotOf(stripe) !== 0, 'init bit without a slot')
+    for (let stripe = first; stripe < first + count; stripe++)
+      assert(this.slotOf(stripe) !== 0, 'init bit without a slot')
     this.init.set(unit)
     this.#formattedUnits++
     this.#touch(this.#dirtyInit, Math.floor(unit / INIT_PAGE_BITS))
@@ -119,7 +126,8 @@ export class VolumeTables {
   setReleased(unit: number): void {
     if (!this.init.get(unit)) return
     const { first, count } = this.unitStripes(unit)
-    for (let stripe = first; stripe < first + count; stripe++) assert(!this.direct.get(stripe), 'direct bit without init')
+    for (let stripe = first; stripe < first + count; stripe++)
+      assert(!this.direct.get(stripe), 'direct bit without init')
     this.init.clear(unit)
     this.#formattedUnits--
     this.#touch(this.#dirtyInit, Math.floor(unit / INIT_PAGE_BITS))
@@ -163,17 +171,25 @@ export class VolumeTables {
         for (let unit = change.first; unit < stop; unit++) this.setReleased(unit)
         return
       default:
-        throw new StoreError('DAMAGED', `journal: unknown record ${change.op} for medium ${this.medium}; use a newer fullstripe`)
+        throw new StoreError(
+          'DAMAGED',
+          `journal: unknown record ${change.op} for medium ${this.medium}; use a newer fullstripe`,
+        )
     }
   }
 
   /** Takes over a stored page. @throws StoreError DAMAGED when it lies outside the volume */
   loadPage(kind: PageKind, index: number, bytes: Buffer): void {
-    const words = new Uint32Array(bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + (bytes.length & ~3)))
+    const words = new Uint32Array(
+      bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + (bytes.length & ~3)),
+    )
     const target = kind === 'map' ? this.slots : this.init.words
     const at = kind === 'map' ? index * MAP_PAGE_ENTRIES : (index * INIT_PAGE_BITS) / 32
     if (index < 0 || at >= target.length) {
-      throw new StoreError('DAMAGED', `metadata: ${kind} page ${index} of medium ${this.medium} lies past the end of its volume`)
+      throw new StoreError(
+        'DAMAGED',
+        `metadata: ${kind} page ${index} of medium ${this.medium} lies past the end of its volume`,
+      )
     }
     if (kind === 'map') this.#usedMap.set(index)
     target.set(at + words.length > target.length ? words.subarray(0, target.length - at) : words, at)
@@ -190,7 +206,11 @@ export class VolumeTables {
   /** All slots of the volume as runs: stripes and slots both consecutive. */
   *slotRuns(): Generator<SlotRun> {
     let run = { stripe: 0, count: 0, slot: 0 }
-    for (let page = this.#usedMap.nextSet(0); page < this.#usedMap.length; page = this.#usedMap.nextSet(page + 1)) {
+    for (
+      let page = this.#usedMap.nextSet(0);
+      page < this.#usedMap.length;
+      page = this.#usedMap.nextSet(page + 1)
+    ) {
       const end = Math.min((page + 1) * MAP_PAGE_ENTRIES, this.stripeCount)
       for (let stripe = page * MAP_PAGE_ENTRIES; stripe < end; stripe++) {
         const slot = this.slots[stripe] ?? 0
@@ -227,7 +247,8 @@ export class VolumeTables {
     const pages: MetadataPage[] = []
     for (let index = next.#dirtyMap.length; index < this.#usedMap.length; index++) {
       index = this.#usedMap.nextSet(index)
-      if (index < this.#usedMap.length) pages.push({ medium: this.medium, kind: 'map', index, bytes: undefined })
+      if (index < this.#usedMap.length)
+        pages.push({ medium: this.medium, kind: 'map', index, bytes: undefined })
     }
     for (let index = next.#dirtyInit.length; index < this.#dirtyInit.length; index++) {
       pages.push({ medium: this.medium, kind: 'init', index, bytes: undefined })
@@ -252,13 +273,21 @@ export class VolumeTables {
 
   /** Tables of another size with the same content where both reach. */
   resized(size: number): VolumeTables {
-    const next = new VolumeTables(this.medium, { size, stripeSize: this.stripeSize, formatUnit: this.formatUnit })
+    const next = new VolumeTables(this.medium, {
+      size,
+      stripeSize: this.stripeSize,
+      formatUnit: this.formatUnit,
+    })
     const stripes = Math.min(this.stripeCount, next.stripeCount)
     // Copy only what is there: the tables of a large empty volume stay unbacked.
     for (let unit = this.init.nextSet(0); unit < this.unitCount; unit = this.init.nextSet(unit + 1)) {
       if (unit < next.unitCount) next.init.set(unit)
     }
-    for (let page = this.#usedMap.nextSet(0); page < next.#usedMap.length; page = this.#usedMap.nextSet(page + 1)) {
+    for (
+      let page = this.#usedMap.nextSet(0);
+      page < next.#usedMap.length;
+      page = this.#usedMap.nextSet(page + 1)
+    ) {
       if (page >= this.#usedMap.length) break
       const at = page * MAP_PAGE_ENTRIES
       next.slots.set(this.slots.subarray(at, Math.min(at + MAP_PAGE_ENTRIES, stripes)), at)

@@ -1,15 +1,15 @@
-import { Mutex } from '../base/locks.ts'
 import { StoreError, UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
+import { Mutex } from '../base/locks.ts'
 import { formatSize } from '../base/sizes.ts'
 import type { Datapath, ExportCounters, ExportId } from '../datapath/datapath.ts'
 import type { SlotRun, VolumeRecord } from '../metadata/records.ts'
 import type { Commit } from '../metadata/store.ts'
 import { Formatter, type FormatterInfo } from './formatter.ts'
-import type { FreedRun } from './reclaimer.ts'
 import { type PolicyHost, VolumePolicy } from './policy.ts'
+import type { FreedRun } from './reclaimer.ts'
 import { CONTEXTS, type MapExtent, mapExtents } from './status.ts'
-import { VolumeTables } from './tables.ts'
+import type { VolumeTables } from './tables.ts'
 
 /**
  * What a client sees: a size, tables, a policy for the datapath's upcalls, a background formatter. Everything that is
@@ -95,8 +95,10 @@ export class Volume {
         unitBytes: record.formatUnit * host.stripeSize,
         unitCount: () => this.#tables.unitCount,
         formattedUnits: () => this.#tables.formattedUnits,
-        nextUnformatted: (from) => (from >= this.#tables.unitCount ? from : this.#tables.init.nextClear(from)),
-        format: (unit, count) => this.#policy.formatIdle(unit, Math.min(count, this.#tables.unitCount - unit)),
+        nextUnformatted: (from) =>
+          from >= this.#tables.unitCount ? from : this.#tables.init.nextClear(from),
+        format: (unit, count) =>
+          this.#policy.formatIdle(unit, Math.min(count, this.#tables.unitCount - unit)),
         save: (state, rate) => this.#save({ formatter: { state, rate } }),
         onEnd: (state, message) =>
           host.event(state === 'done' ? 'info' : 'error', `formatter.${state}`, this.name, message),
@@ -156,8 +158,17 @@ export class Volume {
 
   /** Extents of the init bitmap: in order, no gaps, neighbours differ. */
   map(offset = 0, length = this.size - offset): Iterable<MapExtent> {
-    if (!Number.isSafeInteger(offset) || !Number.isSafeInteger(length) || offset < 0 || length < 0 || offset + length > this.size) {
-      throw new UserError('USAGE', `volume ${this.name}: the range ${offset}+${length} is not inside its ${this.size} bytes`)
+    if (
+      !Number.isSafeInteger(offset) ||
+      !Number.isSafeInteger(length) ||
+      offset < 0 ||
+      length < 0 ||
+      offset + length > this.size
+    ) {
+      throw new UserError(
+        'USAGE',
+        `volume ${this.name}: the range ${offset}+${length} is not inside its ${this.size} bytes`,
+      )
     }
     return mapExtents(this.#tables, offset, length)
   }
@@ -180,11 +191,17 @@ export class Volume {
 
   async startFormatter(options: { rate?: number | null } = {}): Promise<void> {
     if (this.#record.provision === 'thin') {
-      throw new UserError('REFUSED', `volume ${this.name} is thin: it is formatted as it is written; only thick volumes have a background formatter`)
+      throw new UserError(
+        'REFUSED',
+        `volume ${this.name} is thin: it is formatted as it is written; only thick volumes have a background formatter`,
+      )
     }
     const { rate } = options
     if (rate !== undefined && rate !== null && !(Number.isSafeInteger(rate) && rate > 0)) {
-      throw new UserError('USAGE', `volume ${this.name}: the rate has to be a positive number of bytes a second`)
+      throw new UserError(
+        'USAGE',
+        `volume ${this.name}: the rate has to be a positive number of bytes a second`,
+      )
     }
     await this.#change(() => this.#formatter.start(rate))
   }
@@ -248,22 +265,29 @@ export class Volume {
     try {
       await this.#policy.withUnit(cut, async () => {
         if (missing > 0 && old.init.get(cut)) {
-          slots = this.#record.provision === 'thick' ? slotsOf(runs, old.stripeCount, missing) : await this.#host.allocate(old.stripeCount, missing)
+          slots =
+            this.#record.provision === 'thick'
+              ? slotsOf(runs, old.stripeCount, missing)
+              : await this.#host.allocate(old.stripeCount, missing)
           const blank = Buffer.alloc(this.#host.stripeSize, this.#record.fill)
           for (const slot of slots) await this.#host.datapath.writeSlot(slot, 0, blank)
         }
-        await this.#store({ size, runs }, (putVolumes) => {
-          const next = old.resized(size)
-          next.follow(old) // the datapath looks at the old ones until `retable`
-          slots.forEach((slot, index) => {
-            next.setSlots(old.stripeCount + index, 1, slot)
-          })
-          this.#adopt(next)
-          return { putVolumes }
-        }, () => {
-          this.#tables.unfollow()
-          this.#adopt(old)
-        })
+        await this.#store(
+          { size, runs },
+          (putVolumes) => {
+            const next = old.resized(size)
+            next.follow(old) // the datapath looks at the old ones until `retable`
+            slots.forEach((slot, index) => {
+              next.setSlots(old.stripeCount + index, 1, slot)
+            })
+            this.#adopt(next)
+            return { putVolumes }
+          },
+          () => {
+            this.#tables.unfollow()
+            this.#adopt(old)
+          },
+        )
       })
     } catch (error) {
       if (added !== undefined) this.#host.unreserveRun(added.slot, added.count)
@@ -295,24 +319,29 @@ export class Volume {
         for (const run of this.#record.runs) {
           const keep = Math.max(0, Math.min(run.count, next.stripeCount - run.stripe))
           if (keep > 0) runs.push({ ...run, count: keep })
-          if (keep < run.count) unreserved.push({ stripe: run.stripe + keep, count: run.count - keep, slot: run.slot + keep })
+          if (keep < run.count)
+            unreserved.push({ stripe: run.stripe + keep, count: run.count - keep, slot: run.slot + keep })
         }
-        await this.#store({ size, runs }, (putVolumes) => {
-          const cutEnd = Math.min(old.stripeCount, next.unitCount * old.formatUnit)
-          for (let stripe = next.stripeCount; stripe < cutEnd; stripe++) {
-            if (old.slotOf(stripe) !== 0 && this.#record.provision === 'thin') {
-              freed.push({ slot: old.slotOf(stripe), count: 1, owner: 'thin' })
+        await this.#store(
+          { size, runs },
+          (putVolumes) => {
+            const cutEnd = Math.min(old.stripeCount, next.unitCount * old.formatUnit)
+            for (let stripe = next.stripeCount; stripe < cutEnd; stripe++) {
+              if (old.slotOf(stripe) !== 0 && this.#record.provision === 'thin') {
+                freed.push({ slot: old.slotOf(stripe), count: 1, owner: 'thin' })
+              }
             }
-          }
-          old.unfollow()
-          next.follow(old) // where this cannot be stored, the old tables have to be as good as ever
-          this.#adopt(next)
-          return { putVolumes, pages: old.pagesPast(next) }
-        }, () => {
-          next.unfollow()
-          old.follow(next)
-          this.#adopt(old)
-        })
+            old.unfollow()
+            next.follow(old) // where this cannot be stored, the old tables have to be as good as ever
+            this.#adopt(next)
+            return { putVolumes, pages: old.pagesPast(next) }
+          },
+          () => {
+            next.unfollow()
+            old.follow(next)
+            this.#adopt(old)
+          },
+        )
         next.unfollow()
       })
     } catch (error) {
@@ -361,7 +390,11 @@ export class Volume {
   }
 
   /** `checkpointWith` for a change of the record. */
-  #store(change: Partial<VolumeRecord>, prepare: (putVolumes: VolumeRecord[]) => Commit, undo: () => void): Promise<void> {
+  #store(
+    change: Partial<VolumeRecord>,
+    prepare: (putVolumes: VolumeRecord[]) => Commit,
+    undo: () => void,
+  ): Promise<void> {
     return this.#recording.run(async () => {
       const record = { ...this.#record, ...change }
       await this.#host.checkpointWith(() => prepare([record]), undo)
@@ -384,9 +417,14 @@ function slotsOf(runs: readonly SlotRun[], first: number, count: number): number
 /** @throws UserError USAGE that names what is wrong with the size */
 export function checkVolumeSize(size: number, stripeSize: number, what: string): void {
   const max = LIMITS.stripesPerVolumeMax * stripeSize
-  if (!Number.isSafeInteger(size) || size <= 0) throw new UserError('USAGE', `${what}: the size has to be larger than zero, not ${size}`)
+  if (!Number.isSafeInteger(size) || size <= 0)
+    throw new UserError('USAGE', `${what}: the size has to be larger than zero, not ${size}`)
   if (size % LIMITS.sectorSize !== 0) {
     throw new UserError('USAGE', `${what}: the size ${size} is not a multiple of ${LIMITS.sectorSize} bytes`)
   }
-  if (size > max) throw new UserError('USAGE', `${what}: the size ${formatSize(size)} is beyond the limit of ${formatSize(max)}`)
+  if (size > max)
+    throw new UserError(
+      'USAGE',
+      `${what}: the size ${formatSize(size)} is beyond the limit of ${formatSize(max)}`,
+    )
 }

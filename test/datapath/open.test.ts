@@ -1,4 +1,4 @@
-import { closeSync, mkdtempSync, openSync, rmSync } from 'node:fs'
+import { closeSync, mkdtempSync, openSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, beforeEach, describe, expect, it } from 'vitest'
@@ -33,13 +33,12 @@ describe('choice of the datapath', () => {
     expect(datapath.description).toMatchObject({ kind: 'native', threads: 2 })
   })
 
-  it.skipIf(loadNative().ok)('falls back with the reason, or refuses where native is a must', () => {
-    datapath = openDatapath(layout, { mode: 'auto' })
-    expect(datapath.description.kind).toBe('portable')
-    expect(datapath.description.reason).toContain('native addon')
-    expect(() => openDatapath(layout, { mode: 'native' })).toThrow(
-      expect.objectContaining({ name: 'UserError' }),
-    )
+  it('says why the addon does not load: not built, or not an addon', () => {
+    const missing = loadNative(join(directory, 'missing.node'))
+    expect(missing).toEqual({ ok: false, reason: 'the native addon is not built' })
+    writeFileSync(join(directory, 'broken.node'), 'not an ELF file')
+    const broken = loadNative(join(directory, 'broken.node'))
+    expect(broken).toMatchObject({ ok: false, reason: expect.stringContaining('does not load') })
   })
 
   it('falls back, or refuses, where the native one does not start', () => {

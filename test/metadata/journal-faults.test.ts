@@ -11,7 +11,13 @@ const PAGE = 4096
 const HEADER = 4096
 const FRAME = 48 // with one change
 
-const change = (first: number): Change => ({ op: CHANGE.slots, medium: 7, first, count: 1, slot: first + 100 })
+const change = (first: number): Change => ({
+  op: CHANGE.slots,
+  medium: 7,
+  first,
+  count: 1,
+  slot: first + 100,
+})
 const firsts = (changes: readonly Change[]) => changes.map((each) => each.first)
 
 class PagedFile implements JournalFile {
@@ -85,9 +91,13 @@ describe('journal on a failing disk', () => {
     for (let i = 0; i < 2 * whole; i++) journal.append([change(i)])
     journal.checkpointed(whole) // the first file is free again
     files[0].refuses = (position) => position === 0
-    expect(() => journal.append([change(9001)])).toThrow(expect.objectContaining({ name: 'StoreError', code: 'MEMBER_IO' }))
+    expect(() => journal.append([change(9001)])).toThrow(
+      expect.objectContaining({ name: 'StoreError', code: 'MEMBER_IO' }),
+    )
     expect(() => journal.append([change(9002)])).toThrow(expect.objectContaining({ name: 'StoreError' }))
-    expect(firsts(journalOn(files, 0).recover(whole).changes)).toEqual(Array.from({ length: whole }, (_, i) => whole + i))
+    expect(firsts(journalOn(files, 0).recover(whole).changes)).toEqual(
+      Array.from({ length: whole }, (_, i) => whole + i),
+    )
     files[0].refuses = () => false
     journal.append([change(9003)])
     expect(firsts(journalOn(files, 0).recover(whole).changes).at(-1)).toBe(9003)

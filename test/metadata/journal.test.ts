@@ -15,7 +15,13 @@ const POOL = '6b1f3f0e-3f0a-4f6e-9d55-0d9f2f8a4c11'
 const BOOT = '11111111-2222-4333-8444-555555555555'
 const REBOOT = '99999999-2222-4333-8444-555555555555'
 
-const change = (first: number): Change => ({ op: CHANGE.slots, medium: 7, first, count: 1, slot: first + 100 })
+const change = (first: number): Change => ({
+  op: CHANGE.slots,
+  medium: 7,
+  first,
+  count: 1,
+  slot: first + 100,
+})
 
 /** A journal file in memory, small enough to fill, which knows what was synced. */
 class MemoryFile implements JournalFile {
@@ -74,7 +80,11 @@ describe('journal', () => {
     const files = memoryPair()
     const journal = await started(files)
     for (let i = 0; i < 5; i++) journal.append([change(i)])
-    expect(reopened(files).recover(3).changes.map((c) => c.first)).toEqual([3, 4])
+    expect(
+      reopened(files)
+        .recover(3)
+        .changes.map((c) => c.first),
+    ).toEqual([3, 4])
   })
 
   it('after a power cut gives back what the last durable mark covers, and nothing that was merely on disk', async () => {
@@ -110,7 +120,12 @@ describe('journal', () => {
     for (let at = 4096 + frame; at < 4096 + 2 * frame; at++) {
       whole.copy(files[0].content)
       files[0].content.writeUInt8((files[0].content.readUInt8(at) + 1) & 255, at)
-      expect(reopened(files).recover(0).changes.map((c) => c.first), `byte ${at}`).toEqual([0])
+      expect(
+        reopened(files)
+          .recover(0)
+          .changes.map((c) => c.first),
+        `byte ${at}`,
+      ).toEqual([0])
     }
   })
 
@@ -150,7 +165,11 @@ describe('journal', () => {
     expect(() => journal.append([change(2)])).toThrow(/write failed/)
     files[0].failing = false
     expect(journal.append([change(3)])).toBe(2)
-    expect(reopened(files).recover(0).changes.map((c) => c.first)).toEqual([1, 3])
+    expect(
+      reopened(files)
+        .recover(0)
+        .changes.map((c) => c.first),
+    ).toEqual([1, 3])
   })
 
   it('refuses the files of another pool and of a newer version', async () => {
@@ -171,7 +190,10 @@ describe('journal files', () => {
   it('work on real files', async () => {
     const paths = ['a', 'b'].map((name) => join(directory, name))
     for (const path of paths) createJournalFile(path)
-    const open = (): [JournalFile, JournalFile] => [openJournalFile(paths[0] ?? ''), openJournalFile(paths[1] ?? '')]
+    const open = (): [JournalFile, JournalFile] => [
+      openJournalFile(paths[0] ?? ''),
+      openJournalFile(paths[1] ?? ''),
+    ]
     const journal = await started(open())
     journal.append([change(5)])
     journal.close()

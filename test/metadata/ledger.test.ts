@@ -2,7 +2,13 @@ import { mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, beforeEach, describe, expect, it } from 'vitest'
-import { CHANGE, type Change, createJournalFile, Journal, openJournalFile } from '../../src/metadata/journal.ts'
+import {
+  CHANGE,
+  type Change,
+  createJournalFile,
+  Journal,
+  openJournalFile,
+} from '../../src/metadata/journal.ts'
 import { Ledger } from '../../src/metadata/ledger.ts'
 import { METADATA_VERSION, type MetadataPage, type PoolRecord } from '../../src/metadata/records.ts'
 import { MetadataStore } from '../../src/metadata/store.ts'
@@ -169,7 +175,8 @@ describe('ledger', () => {
     for (const change of openJournal().recover(store.checkpoint()).changes) stored.apply(change)
     expect(stored.formattedUnits).toBe(stripes)
     for (let stripe = 0; stripe < stripes; stripe++) {
-      if (stored.slots[stripe] !== stripe + 1) expect.fail(`stripe ${stripe} is in slot ${stored.slots[stripe]}`)
+      if (stored.slots[stripe] !== stripe + 1)
+        expect.fail(`stripe ${stripe} is in slot ${stored.slots[stripe]}`)
     }
   })
 

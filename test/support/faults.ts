@@ -19,7 +19,8 @@ export class Gate {
       return original.apply(datapath, args)
     }
     Object.defineProperty(datapath, method, { value: replaced, configurable: true, writable: true })
-    this.#undo = () => Object.defineProperty(datapath, method, { value: original, configurable: true, writable: true })
+    this.#undo = () =>
+      Object.defineProperty(datapath, method, { value: original, configurable: true, writable: true })
   }
 
   /** Lets go what is held, and everything from now on. */
@@ -43,7 +44,8 @@ export function failing(
     return original.apply(datapath, args)
   }
   Object.defineProperty(datapath, method, { value: replaced, configurable: true, writable: true })
-  return () => Object.defineProperty(datapath, method, { value: original, configurable: true, writable: true })
+  return () =>
+    Object.defineProperty(datapath, method, { value: original, configurable: true, writable: true })
 }
 
 /** Metadata commits fail, as on a full disk: all of them, or those that `fails` names. @returns mends it */

@@ -47,7 +47,10 @@ export class ServedPool {
 
   async connect(volume: string, options: NbdClientOptions = {}): Promise<NbdClient> {
     const uri = `nbd+unix:///${encodeURIComponent(volume)}?socket=${this.#socket}`
-    const client = await NbdClient.connect(uri, { contexts: ['base:allocation', 'fullstripe:init'], ...options })
+    const client = await NbdClient.connect(uri, {
+      contexts: ['base:allocation', 'fullstripe:init'],
+      ...options,
+    })
     this.#clients.push(client)
     return client
   }

@@ -20,7 +20,8 @@ beforeEach(() => {
 })
 afterEach(() => rmSync(base, { recursive: true, force: true }))
 
-const open = (): Promise<Pool> => Pool.open(directory, { datapath: 'portable', log, onEvent: (event) => events.push(event) })
+const open = (): Promise<Pool> =>
+  Pool.open(directory, { datapath: 'portable', log, onEvent: (event) => events.push(event) })
 
 describe('pool', () => {
   it('is made in an empty directory and opened again, empty', async () => {
@@ -46,7 +47,9 @@ describe('pool', () => {
     expect(again.volumes().map((volume) => volume.info().size)).toEqual([16 * TiB, 16 * TiB])
     expect(again.info().reserved).toBe(16 * TiB)
     await again.close()
-    expect(readdirSync(directory).reduce((sum, name) => sum + statSync(join(directory, name)).blocks * 512, 0)).toBeLessThan(64 * MiB)
+    expect(
+      readdirSync(directory).reduce((sum, name) => sum + statSync(join(directory, name)).blocks * 512, 0),
+    ).toBeLessThan(64 * MiB)
   })
 
   it('keeps names, sizes, provision and fill over a restart; renames and deletes', async () => {
@@ -58,7 +61,13 @@ describe('pool', () => {
     await pool.close()
     pool = await open()
     expect(pool.volumes().map((volume) => volume.name)).toEqual(['a', 'c'])
-    expect(pool.volume('a').info()).toMatchObject({ size: MiB, formatUnit: 4, fill: 0xe5, readOnly: true, stripes: 16 })
+    expect(pool.volume('a').info()).toMatchObject({
+      size: MiB,
+      formatUnit: 4,
+      fill: 0xe5,
+      readOnly: true,
+      stripes: 16,
+    })
     expect(pool.volume('c').info()).toMatchObject({ size: 1536, provision: 'thick', stripes: 1 })
     await pool.deleteVolume('c')
     expect(() => pool.volume('c')).toThrow(/no volume "c"/)
@@ -92,14 +101,16 @@ describe('pool', () => {
       [{ name: ' x', size: MiB }, /white space/],
       [{ name: '..', size: MiB }, /not allowed/],
     ]
-    for (const [options, reason] of bad) await expect(pool.createVolume(options), JSON.stringify(options)).rejects.toThrow(reason)
+    for (const [options, reason] of bad)
+      await expect(pool.createVolume(options), JSON.stringify(options)).rejects.toThrow(reason)
     expect(pool.volumes().map((volume) => volume.name)).toEqual(['taken'])
     expect(pool.info().reserved).toBe(0)
     await pool.close()
   })
 
   it('names what is wrong with a name, and takes any other', () => {
-    for (const name of ['a', 'vm 1', 'größe', '日本', 'a.b:c', 'n'.repeat(255)]) expect(volumeNameProblem(name)).toBeUndefined()
+    for (const name of ['a', 'vm 1', 'größe', '日本', 'a.b:c', 'n'.repeat(255)])
+      expect(volumeNameProblem(name)).toBeUndefined()
   })
 
   it('has one owner at a time', async () => {
@@ -115,9 +126,13 @@ describe('pool', () => {
     await createPool(directory, { capacity: 16 * MiB })
     await expect(createPool(directory)).rejects.toMatchObject({ code: 'EXISTS' })
     const other = join(base, 'other')
-    await expect(createPool(other, { members: [join(base, 'missing-directory', 'disk')] })).rejects.toThrow(/member 0/)
+    await expect(createPool(other, { members: [join(base, 'missing-directory', 'disk')] })).rejects.toThrow(
+      /member 0/,
+    )
     await expect(createPool(other, { capacity: 0 })).rejects.toThrow(/capacity/)
     expect(existsSync(other)).toBe(false)
-    await expect(Pool.open(join(base, 'nothing'), { datapath: 'portable', log })).rejects.toMatchObject({ code: 'NOT_FOUND' })
+    await expect(Pool.open(join(base, 'nothing'), { datapath: 'portable', log })).rejects.toMatchObject({
+      code: 'NOT_FOUND',
+    })
   })
 })

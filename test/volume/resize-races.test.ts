@@ -60,11 +60,15 @@ describe.each(DATAPATHS)('resizing over %s', (datapath) => {
     const client = await start({ size: 16 * STRIPE }, 16)
     await client.write(Buffer.alloc(4 * STRIPE, 1), 0)
     const gate = new Gate(served.pool.datapath, 'formatUnit', (request: FormatUnit) => request.stripe >= 8)
-    const late = Array.from({ length: 8 }, (_, i) => client.write(Buffer.alloc(4096, 2), (8 + i) * STRIPE).catch((e) => e))
+    const late = Array.from({ length: 8 }, (_, i) =>
+      client.write(Buffer.alloc(4096, 2), (8 + i) * STRIPE).catch((e) => e),
+    )
     await until(() => gate.held.length > 0, 'the writes past the new end are being formatted')
     const shrunk = served.pool.volume('v').resize(6 * STRIPE, { force: true })
     // More of them come while the shrink is under way.
-    const later = Array.from({ length: 8 }, (_, i) => client.write(Buffer.alloc(512, 3), (8 + i) * STRIPE + 8192).catch((e) => e))
+    const later = Array.from({ length: 8 }, (_, i) =>
+      client.write(Buffer.alloc(512, 3), (8 + i) * STRIPE + 8192).catch((e) => e),
+    )
     await new Promise((resolve) => setTimeout(resolve, 20))
     gate.open()
     await shrunk

@@ -6,14 +6,15 @@ import { afterEach, beforeEach, describe, expect, it } from 'vitest'
 import type { NbdClient } from '../../src/nbd/client.ts'
 import { checkPool } from '../../src/volume/check.ts'
 import { createPool, type VolumeCreateOptions } from '../../src/volume/pool.ts'
-import { type DatapathChoice, ServedPool } from '../support/served-pool.ts'
 import { Random } from '../support/random.ts'
+import { type DatapathChoice, ServedPool } from '../support/served-pool.ts'
 
 /** Volumes seen through NBD, over both datapaths: what is stored, when it is stored, and what it costs. */
 const KiB = 1024
 const MiB = 1024 * KiB
 const STRIPE = 64 * KiB
-const DATAPATHS: DatapathChoice[] = process.env['FULLSTRIPE_TEST_DATAPATHS'] === 'portable' ? ['portable'] : ['portable', 'native']
+const DATAPATHS: DatapathChoice[] =
+  process.env['FULLSTRIPE_TEST_DATAPATHS'] === 'portable' ? ['portable'] : ['portable', 'native']
 
 /** Stops at the first difference and says where. */
 function expectSame(actual: Buffer, expected: Buffer, what: string): void {
@@ -42,9 +43,17 @@ describe.each(DATAPATHS)('volume over %s', (datapath) => {
     rmSync(base, { recursive: true, force: true })
   })
 
-  async function start(volume: Omit<VolumeCreateOptions, 'name'>, capacity = 256 * MiB, members?: number): Promise<NbdClient> {
-    const paths = members === undefined ? undefined : Array.from({ length: members }, (_, i) => join(base, `disk${i}`))
-    await createPool(directory, { capacity, ...(paths === undefined ? {} : { members: paths, chunkSize: STRIPE / paths.length }) })
+  async function start(
+    volume: Omit<VolumeCreateOptions, 'name'>,
+    capacity = 256 * MiB,
+    members?: number,
+  ): Promise<NbdClient> {
+    const paths =
+      members === undefined ? undefined : Array.from({ length: members }, (_, i) => join(base, `disk${i}`))
+    await createPool(directory, {
+      capacity,
+      ...(paths === undefined ? {} : { members: paths, chunkSize: STRIPE / paths.length }),
+    })
     served = await ServedPool.open(directory, datapath)
     await served.pool.createVolume({ name: 'v', ...volume })
     return served.connect('v')
@@ -150,8 +159,12 @@ describe.each(DATAPATHS)('volume over %s', (datapath) => {
     const client = await start({ size: 1 * MiB })
     await client.write(Buffer.alloc(4 * STRIPE, 1), 0)
     await client.zero({ offset: 0, length: 2 * STRIPE }, { fast: true })
-    await expect(client.zero({ offset: 2 * STRIPE, length: 4096 }, { fast: true })).rejects.toMatchObject({ code: 'NOT_SUPPORTED' })
-    await expect(client.zero({ offset: 0, length: STRIPE }, { fast: true, release: false })).rejects.toMatchObject({ code: 'NOT_SUPPORTED' })
+    await expect(client.zero({ offset: 2 * STRIPE, length: 4096 }, { fast: true })).rejects.toMatchObject({
+      code: 'NOT_SUPPORTED',
+    })
+    await expect(
+      client.zero({ offset: 0, length: STRIPE }, { fast: true, release: false }),
+    ).rejects.toMatchObject({ code: 'NOT_SUPPORTED' })
     await client.zero({ offset: 8 * STRIPE, length: 4096 }, { fast: true }) // unformatted: nothing to do
   })
 
@@ -212,7 +225,9 @@ describe.each(DATAPATHS)('volume over %s', (datapath) => {
     await served.pool.volume('v').resize(10 * MiB) // goes on over the new end
     await served.pool.volume('v').startFormatter({ rate: null })
     await expect.poll(() => info().formatter, { timeout: 10_000 }).toMatchObject({ state: 'done', done: 160 })
-    await expect(served.pool.createVolume({ name: 't', size: MiB }).then((v) => v.startFormatter())).rejects.toThrow(/thin/)
+    await expect(
+      served.pool.createVolume({ name: 't', size: MiB }).then((v) => v.startFormatter()),
+    ).rejects.toThrow(/thin/)
   })
 
   it('grows online, with whatever format unit, and shrinks only by force', async () => {
@@ -243,10 +258,20 @@ describe.each(DATAPATHS)('volume over %s', (datapath) => {
     const client = await start({ size: 1 * MiB })
     await client.write(Buffer.alloc(STRIPE, 1), 2 * STRIPE)
     const status = await client.blockStatus({ offset: 0, length: 1 * MiB })
-    const byName = Object.fromEntries([...status].map(([name, extents]) => [name, extents.map((e) => [e.length, e.flags])]))
+    const byName = Object.fromEntries(
+      [...status].map(([name, extents]) => [name, extents.map((e) => [e.length, e.flags])]),
+    )
     expect(byName).toEqual({
-      'base:allocation': [[2 * STRIPE, 3], [STRIPE, 0], [13 * STRIPE, 3]],
-      'fullstripe:init': [[2 * STRIPE, 0], [STRIPE, 1], [13 * STRIPE, 0]],
+      'base:allocation': [
+        [2 * STRIPE, 3],
+        [STRIPE, 0],
+        [13 * STRIPE, 3],
+      ],
+      'fullstripe:init': [
+        [2 * STRIPE, 0],
+        [STRIPE, 1],
+        [13 * STRIPE, 0],
+      ],
     })
     expect([...served.pool.volume('v').map()]).toEqual([
       { offset: 0, length: 2 * STRIPE, formatted: false },
@@ -289,7 +314,11 @@ describe.each(DATAPATHS)('volume over %s', (datapath) => {
             } else {
               const target = Buffer.alloc(length)
               await client.read(target, offset)
-              expectSame(target, model.subarray(offset, offset + length), `seed ${seed} round ${round} read ${offset}+${length}`)
+              expectSame(
+                target,
+                model.subarray(offset, offset + length),
+                `seed ${seed} round ${round} read ${offset}+${length}`,
+              )
             }
           }
         }),
