@@ -212,7 +212,10 @@ export class Ledger {
 
   #drain(): void {
     while (this.#queued.length > 0) {
-      if (this.#failure !== undefined) return this.#rejectQueued(this.#failure)
+      if (this.#failure !== undefined) {
+        this.#rejectQueued(this.#failure)
+        return
+      }
       // As many as fit one frame; a frame is bounded by what a request can change.
       const batch: Waiting[] = []
       const changes: Change[] = []
@@ -224,9 +227,10 @@ export class Ledger {
       const { journal, source } = this.#options
       if (!journal.hasRoom(changes.length) || source.dirtyPages() > DIRTY_PAGES_HARD) {
         if (this.#checkpointFailed && Date.now() < this.#retryAt) {
-          return this.#rejectQueued(
+          this.#rejectQueued(
             new StoreError('NO_SPACE', 'metadata: the journal is full and LMDB takes no commit'),
           )
+          return
         }
         // Rejections are handled there: the queue is looked at again either way.
         this.checkpoint().catch(() => {})

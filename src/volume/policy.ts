@@ -300,11 +300,17 @@ export class VolumePolicy implements ExportHandler {
   #dispatch(part: Part, sequential: boolean): void {
     const { upcall } = part.request
     // The volume shrank while the request was under way.
-    if (this.#reachesPast(upcall)) return this.#partDone(part, errnoPastEnd(upcall))
+    if (this.#reachesPast(upcall)) {
+      this.#partDone(part, errnoPastEnd(upcall))
+      return
+    }
     const work = this.#works.get(part.unit)
     if (work === undefined) {
       const formatted = this.#tables.init.get(part.unit)
-      if (part.kind === 'release' && !formatted) return this.#partDone(part, 0)
+      if (part.kind === 'release' && !formatted) {
+        this.#partDone(part, 0)
+        return
+      }
       // The last unit may have grown since the request came, and what is behind is not the request's: zeros are written then.
       if (
         part.kind === 'release' &&

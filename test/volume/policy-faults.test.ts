@@ -1,0 +1,241 @@
+import { mkdtempSync, rmSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { afterEach, beforeEach, describe, expect, it } from 'vitest'
+import { StoreError } from '../../src/base/errors.ts'
+import type { FormatUnit } from '../../src/datapath/datapath.ts'
+import type { NbdClient } from '../../src/nbd/client.ts'
+import { checkPool } from '../../src/volume/check.ts'
+import { createPool, type VolumeCreateOptions } from '../../src/volume/pool.ts'
+import { failing, failingCommits, Gate } from '../support/faults.ts'
+import { until, within } from '../support/poll.ts'
+import { ServedPool } from '../support/served-pool.ts'
+import { DATAPATHS, expectSame, readAll } from '../support/volumes.ts'
+
+/** Members and metadata that fail in the middle of a change, and changes that get in each other's way. */
+const KiB = 1024
+const MiB = 1024 * KiB
+const STRIPE = 64 * KiB
+const broken = new StoreError('MEMBER_IO', 'member 0: no such luck')
+
+describe.each(DATAPATHS)('policy over %s', (datapath) => {
+  let base: string
+  let directory: string
+  let served: ServedPool
+  let mend: () => void
+
+  beforeEach(() => {
+    base = mkdtempSync(join(tmpdir(), 'fullstripe-policy-'))
+    directory = join(base, 'pool')
+    mend = () => {}
+  })
+  afterEach(async () => {
+    mend()
+    await served?.close().catch(() => {})
+    rmSync(base, { recursive: true, force: true })
+  })
+
+  async function start(
+    volume: Omit<VolumeCreateOptions, 'name'>,
+    capacity = 64 * STRIPE,
+    chunkSize = STRIPE,
+  ): Promise<NbdClient> {
+    await createPool(directory, { capacity, chunkSize })
+    served = await ServedPool.open(directory, datapath)
+    await served.pool.createVolume({ name: 'v', ...volume })
+    return served.connect('v')
+  }
+  const volume = () => served.pool.volume('v')
+  async function restart(): Promise<void> {
+    await served.close()
+    expect(await checkPool(directory)).toMatchObject({ status: 'clean', findings: [] })
+    served = await ServedPool.open(directory, datapath)
+  }
+
+  it('answers writes to what the background formatter could not format', async () => {
+    const client = await start({ size: 16 * STRIPE, provision: 'thick' })
+    await client.write(Buffer.alloc(512, 1), 3 * STRIPE) // so that one step of the formatter has two parts
+    mend = failing(served.pool.datapath, 'formatUnit', (request: FormatUnit) =>
+      request.overlays.length === 0 ? broken : undefined,
+    )
+    await volume().startFormatter()
+    await until(() => volume().info().formatter.state === 'failed', 'the formatter gives up')
+    expect(volume().info().formatter.message).toMatch(/v: formatting failed at unit 0/)
+    for (let stripe = 0; stripe < 16; stripe++) {
+      await within(
+        client.write(Buffer.alloc(512, stripe + 1), stripe * STRIPE + 512),
+        `write to stripe ${stripe}`,
+      )
+    }
+    mend()
+    await volume().startFormatter()
+    await until(() => volume().info().formatter.state === 'done', 'the formatter finds nothing left')
+  })
+
+  it('ends the formatter in order when the end of it cannot be stored', async () => {
+    await start({ size: 16 * STRIPE, provision: 'thick' })
+    mend = failingCommits(({ putVolumes }) => putVolumes?.[0]?.formatter.state === 'done')
+    await volume().startFormatter()
+    await until(() => served.events.some(({ kind }) => kind === 'formatter.done'), 'it is done')
+    expect(served.events.find(({ kind }) => kind === 'formatter.done')?.message).toMatch(/disk full/)
+    mend()
+    await restart() // it looks again and finds nothing to do
+    await until(() => volume().info().formatter.state === 'done', 'it is done again')
+  })
+
+  it('fails a first write whose record cannot be kept, and the next attempt finds the slots free', async () => {
+    const client = await start({ size: 64 * STRIPE }, 8 * STRIPE)
+    let left = 3
+    mend = failing(served.pool.datapath, 'formatUnit', () => (left-- > 0 ? broken : undefined))
+    for (let i = 0; i < 3; i++) {
+      await expect(client.write(Buffer.alloc(4 * STRIPE, 1), 0)).rejects.toMatchObject({ code: 'MEMBER_IO' })
+    }
+    await client.write(Buffer.alloc(8 * STRIPE, 2), 0) // all there is
+    expectSame(
+      (await readAll(client)).subarray(0, 8 * STRIPE),
+      Buffer.alloc(8 * STRIPE, 2),
+      'the last attempt',
+    )
+  })
+
+  it('leaves a stripe as it was when its trim cannot be recorded', async () => {
+    const client = await start({ size: 4 * STRIPE })
+    const expected = Buffer.alloc(4 * STRIPE, 5)
+    await client.write(expected, 0)
+    mend = failing(served.pool.datapath, 'barrier', () => broken)
+    await expect(client.trim({ offset: 0, length: 2 * STRIPE })).rejects.toMatchObject({ code: 'MEMBER_IO' })
+    mend()
+    expectSame(await readAll(client), expected, 'after the failed trim')
+    await client.write(Buffer.alloc(512, 6), STRIPE)
+    expected.fill(6, STRIPE, STRIPE + 512)
+    expectSame(await readAll(client), expected, 'written again')
+  })
+
+  it('takes any number of trims of scattered stripes at once', async () => {
+    const stripe = 4 * KiB
+    const stripes = 48_000 // every second one formatted: each is a change of its own, more than a frame of the journal holds
+    const client = await start({ size: stripes * stripe }, 128 * MiB, stripe)
+    await Promise.all(
+      Array.from({ length: 64 }, async (_, lane) => {
+        for (let at = 2 * lane; at < stripes; at += 128)
+          await client.write(Buffer.alloc(stripe, 1), at * stripe)
+      }),
+    )
+    expect(volume().info().stripesFormatted).toBe(stripes / 2)
+    const part = 1500 * stripe
+    const trims = Array.from({ length: stripes / 1500 }, (_, i) =>
+      client.trim({ offset: i * part, length: part }),
+    )
+    await within(Promise.all(trims), 'the trims')
+    expect(volume().info().stripesFormatted).toBe(0)
+    await restart()
+    expect(volume().info().stripesFormatted).toBe(0)
+  })
+
+  it('finds room in what trims and deletions before it have given back, without waiting for a flush', async () => {
+    const client = await start({ size: 64 * STRIPE }, 16 * STRIPE)
+    await served.pool.createVolume({ name: 'other', size: 64 * STRIPE })
+    const other = await served.connect('other')
+    await client.write(Buffer.alloc(8 * STRIPE, 1), 0)
+    await other.write(Buffer.alloc(8 * STRIPE, 2), 0)
+    await client.flush()
+    await client.trim({ offset: 0, length: 4 * STRIPE }) // not durable yet
+    await other.close()
+    await served.pool.deleteVolume('other')
+    await client.write(Buffer.alloc(12 * STRIPE, 3), 16 * STRIPE)
+    const expected = Buffer.alloc(64 * STRIPE)
+    expected.fill(1, 4 * STRIPE, 8 * STRIPE)
+    expected.fill(3, 16 * STRIPE, 28 * STRIPE)
+    expectSame(await readAll(client), expected, 'full again')
+  })
+
+  it('lets a shrunken thick volume and a deleted one make room for another', async () => {
+    const client = await start({ size: 8 * STRIPE, provision: 'thick' }, 16 * STRIPE)
+    await client.write(Buffer.alloc(8 * STRIPE, 1), 0)
+    await served.pool.createVolume({ name: 'thin', size: 8 * STRIPE })
+    await (await served.connect('thin')).write(Buffer.alloc(8 * STRIPE, 2), 0)
+    await volume().resize(4 * STRIPE, { force: true })
+    const thin = await served.connect('thin')
+    await thin.trim({ offset: 0, length: 8 * STRIPE })
+    await served.pool.createVolume({ name: 'more', size: 64 * STRIPE })
+    const more = await served.connect('more')
+    await more.write(Buffer.alloc(12 * STRIPE, 3), 0)
+    await expect(more.write(Buffer.alloc(512, 3), 20 * STRIPE)).rejects.toMatchObject({ code: 'NO_SPACE' })
+    await restart()
+    const target = Buffer.alloc(12 * STRIPE)
+    await (await served.connect('more')).read(target, 0)
+    expectSame(target, Buffer.alloc(12 * STRIPE, 3), 'more')
+    expectSame(await readAll(await served.connect('v')), Buffer.alloc(4 * STRIPE, 1), 'v')
+  })
+
+  it('keeps a new name when the formatter stores its end at the same moment', async () => {
+    await start({ size: STRIPE, provision: 'thick' })
+    for (let i = 0; i < 10; i++) {
+      const started = volumeNamed(i).startFormatter()
+      await served.pool.renameVolume(nameOf(i), nameOf(i + 1))
+      await started
+      await until(() => volumeNamed(i + 1).info().formatter.state === 'done', 'the formatter is done')
+    }
+    await restart()
+    expect(served.pool.volumes().map(({ name }) => name)).toEqual([nameOf(10)])
+
+    function nameOf(n: number): string {
+      return n === 0 ? 'v' : `v${n}`
+    }
+    function volumeNamed(n: number) {
+      return served.pool.volume(nameOf(n))
+    }
+  })
+
+  it('refuses changes that waited for the end of a volume, and the volume stays deleted', async () => {
+    const client = await start({ size: 4 * STRIPE })
+    await client.write(Buffer.alloc(4 * STRIPE, 1), 0)
+    const gone = volume()
+    const gate = new Gate(served.pool.datapath, 'barrier')
+    const trimmed = client.trim({ offset: 0, length: STRIPE })
+    await until(() => gate.held.length > 0, 'a trim is in flight')
+    const deleted = served.pool.deleteVolume('v', { force: true })
+    const late = [gone.resize(8 * STRIPE), gone.resize(2 * STRIPE, { force: true }), gone.rename('w')].map(
+      (p) => p.catch((e) => e),
+    )
+    gate.open()
+    await trimmed.catch(() => {}) // answered, or its connection is gone
+    await deleted
+    for (const outcome of await Promise.all(late)) expect(outcome).toMatchObject({ code: 'BUSY' })
+    await restart()
+    expect(served.pool.volumes()).toEqual([])
+    expect(served.pool.info().slotsUsed).toBe(0)
+  })
+
+  it('serves a volume again whose deletion cannot be stored', async () => {
+    const client = await start({ size: 4 * STRIPE })
+    await client.write(Buffer.alloc(4 * STRIPE, 7), 0)
+    mend = failingCommits()
+    await expect(served.pool.deleteVolume('v', { force: true })).rejects.toThrow(
+      /v was not deleted: .*disk full/,
+    )
+    const again = await served.connect('v')
+    await again.write(Buffer.alloc(512, 8), STRIPE)
+    mend()
+    const expected = Buffer.alloc(4 * STRIPE, 7)
+    expected.fill(8, STRIPE, STRIPE + 512)
+    await restart()
+    expectSame(await readAll(await served.connect('v')), expected, 'after the failed deletion')
+  })
+
+  it('refuses what comes after its end', async () => {
+    await start({ size: STRIPE })
+    const { pool } = served
+    const closed = served.close()
+    const late = [
+      pool.createVolume({ name: 'late', size: STRIPE }),
+      pool.deleteVolume('v'),
+      pool.renameVolume('v', 'w'),
+    ]
+    for (const outcome of await Promise.allSettled(late)) {
+      expect(outcome).toMatchObject({ status: 'rejected', reason: { code: 'BUSY' } })
+    }
+    await closed
+    await pool.close()
+  })
+})
