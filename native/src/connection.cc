@@ -24,6 +24,8 @@ constexpr int32_t kSpinAfter = 4;               // requests that came alone, bef
 constexpr int32_t kSpinPenaltyMax = 256;
 constexpr int32_t kDeepQueue = -256;            // several requests at once: no polling for so many turns
 constexpr int kSendParts = 16;
+constexpr uint64_t kSocketOverhead = 1024;      // what the kernel counts for a reply in a socket, beside its bytes
+constexpr uint64_t kGapMax = 1000;              // microseconds
 
 }  // namespace
 
@@ -83,6 +85,10 @@ bool Connection::blocked() const {
          inFlightBytes_ >= limits.payloadPerConnection;
 }
 
+bool Connection::streamCanGoOn() const {
+  return stream_.active && !stream_.waiting && !waitsForMemory_ && out_.empty();
+}
+
 bool Connection::stalled() const { return phase_ == Phase::Header ? blocked() : waitsForMemory_; }
 
 bool Connection::work() {
@@ -110,8 +116,7 @@ bool Connection::work() {
         break;
     }
     if (!more) return stalled();
-    static uint32_t every = getenv("FLUSHN") ? atoi(getenv("FLUSHN")) : 1000;
-    if (out_.bytes() >= kSendEarly || (requestsInTurn_ % every == every - 1 && phase_ == Phase::Header && !out_.empty())) flush();
+    if (out_.bytes() >= kSendEarly) flush();
   }
   return false;
 }
@@ -120,8 +125,9 @@ void Connection::turn() {
   if (state_ == State::Closed) return;
   if (!out_.empty()) flush();
   uint64_t budget = kTurnBytes;
+  bool wasStalled = false;
   for (;;) {
-    const bool wasStalled = work();
+    wasStalled = work();
     if (stream_.active) pumpStream();
     if (state_ != State::Open) break;
     if (wasStalled) {
@@ -146,6 +152,8 @@ void Connection::turn() {
     }
   }
   flush();
+  // This flush may have sent what pumpStream could not: then no event says that the stream can go on.
+  if (stream_.active && !stream_.waiting && !waitsForMemory_ && !broken_ && out_.empty()) loop_.touch(this);
   settleInput();
   settle();
   if (requestsInTurn_ == 1) {
@@ -153,23 +161,22 @@ void Connection::turn() {
   } else if (requestsInTurn_ > 1) {
     singles_ = kDeepQueue;
   }
-  if (getenv("HISTO")) { static int h[64]; static int n; if (requestsInTurn_ && requestsInTurn_ < 64) { h[requestsInTurn_]++; if (++n % 20000 == 0) { for (int i = 1; i < 40; i++) fprintf(stderr, "%d:%d ", i, h[i]); fprintf(stderr, "\n"); } } }
   requestsSince_ += requestsInTurn_;
   requestsInTurn_ = 0;
 }
 
-uint64_t Connection::slack(uint64_t now) {
+uint64_t Connection::backlog(uint64_t now) {
   if (state_ != State::Open || requestsSince_ == 0) return 0;
-  // Requests come as fast as the client takes replies, if it has any left to take.
-  const uint64_t gap = (now - gapStart_) / requestsSince_;
-  const uint64_t replySize = replyBytesSince_ / requestsSince_ + 1024;
-  gapStart_ = now;
+  // While it has replies to take, its next requests come as fast as it takes them.
+  const uint64_t gap = (now - backlogFrom_) / requestsSince_;
+  const uint64_t replySize = replyBytesSince_ / requestsSince_ + kSocketOverhead;
+  backlogFrom_ = now;
   requestsSince_ = 0;
   replyBytesSince_ = 0;
-  gap_ = gap_ == 0 ? gap : (7 * gap_ + gap) / 8;
+  gap_ = (7 * gap_ + std::min(gap, kGapMax)) / 8;
   int unread = 0;
   if (ioctl(fd_, SIOCOUTQ, &unread) != 0) return 0;
-  return static_cast<uint64_t>(unread) / replySize / 2 * gap_;
+  return static_cast<uint64_t>(unread) / replySize * gap_;
 }
 
 bool Connection::spinnable() const {

@@ -53,8 +53,9 @@ class Connection {
   bool poll();
   /// Whether the requests of late came one by one, each soon after the last reply.
   bool spinnable() const;
-  /// How long the loop may sleep because the client has replies to read meanwhile; microseconds.
-  uint64_t slack(uint64_t now);
+  /// How long the client will be busy with replies that it has not read yet, as far as its pace so far tells;
+  /// microseconds. 0 where it may be waiting for us.
+  uint64_t backlog(uint64_t now);
   void spinEnded(bool successful);
 
   void complete(Upcall* upcall, uint32_t error);
@@ -103,6 +104,7 @@ class Connection {
   bool work();
   bool blocked() const;
   bool stalled() const;
+  bool streamCanGoOn() const;
   bool reserve(uint64_t bytes);
   bool takeRequest();
   void execute();
@@ -196,10 +198,12 @@ class Connection {
   uint32_t requestsInTurn_ = 0;
   int32_t singles_ = 0;
   int32_t spinPenalty_ = 0;
+
+  // The client's pace, see backlog().
   uint32_t requestsSince_ = 0;
   uint64_t replyBytesSince_ = 0;
-  uint64_t gapStart_ = 0;
-  uint64_t gap_ = 0;
+  uint64_t backlogFrom_ = 0;
+  uint64_t gap_ = 0;  // microseconds between two requests, averaged
 };
 
 }  // namespace nbd

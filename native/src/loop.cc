@@ -4,9 +4,9 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
-#include <sys/prctl.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/prctl.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -22,6 +22,9 @@ namespace {
 constexpr int kEventsMax = 128;
 constexpr int kLingerCheckMilliseconds = 100;
 constexpr uint64_t kSpinMicroseconds = 50;
+constexpr uint32_t kSoloTurns = 16;            // turns that a connection has had alone, before its pattern counts
+constexpr uint64_t kPauseMicrosecondsMin = 20;
+constexpr uint64_t kPauseMicrosecondsMax = 100;
 constexpr int kSpinTurnsMax = 16;  // turns of polling before the other descriptors are looked at
 constexpr uint64_t kMemoryAlways = 64 * 1024;  // a connection that holds nothing may always have so much
 constexpr uint32_t kFreeUpcallsMax = 1024;
@@ -153,11 +156,10 @@ uint64_t Loop::nowMicroseconds() {
 
 void Loop::run() {
   pthread_setname_np(pthread_self(), "nbd-io");
-  prctl(PR_SET_TIMERSLACK, 1);
+  prctl(PR_SET_TIMERSLACK, 1);  // nanosecond: pauses are meant as they are
   epoll_event events[kEventsMax];
   int spinTurns = 0;
   while (!stopping_.load(std::memory_order_acquire)) {
-    spinner_ = nullptr;
     if (touched_.empty() || ++spinTurns >= kSpinTurnsMax) {
       spinTurns = 0;
       const int timeout = !touched_.empty() ? 0 : lingering_.empty() ? -1 : kLingerCheckMilliseconds;
@@ -185,30 +187,45 @@ void Loop::run() {
     if (!lingering_.empty()) expireLingering();
     for (Connection* connection : dead_) delete connection;
     dead_.clear();
-    static uint64_t napMax = getenv("NAP") ? atoi(getenv("NAP")) : 0;
-    if (napMax && touched_.empty() && napFor_ >= 20) { if (napFor_ > napMax) napFor_ = napMax; timespec t{0, (long)napFor_ * 1000}; clock_nanosleep(CLOCK_MONOTONIC, 0, &t, nullptr); spinner_ = nullptr; naps_++; }
-    else if (spinner_ != nullptr && touched_.empty()) spin();
+    if (touched_.empty()) restBriefly();
   }
   finishStopping();
 }
 
 void Loop::takeTurns() {
   std::swap(touched_, turning_);
-  napFor_ = turning_.empty() ? 0 : 1000;
-  const uint64_t now = nowMicroseconds();
+  Connection* const solo = turning_.size() == 1 ? turning_[0] : nullptr;
+  if (solo == nullptr || solo != solo_) soloTurns_ = 0;
+  if (!turning_.empty()) solo_ = solo;
   for (Connection* connection : turning_) {
     connection->touched = false;
     connection->turn();
-    napFor_ = std::min(napFor_, connection->slack(now));
   }
-  if (turning_.size() == 1 && turning_[0]->spinnable()) spinner_ = turning_[0];
   turning_.clear();
+  soloTurns_++;
 }
 
-/// After requests that came one by one, the next is expected soon: sleeping and waking would take longer than it does
-/// to come. Bounded, and given up for a while whenever it was in vain.
+/// Sleeping until the next request and being woken for it costs more, on both sides, than anything else about a small
+/// request. Where one connection has been alone for a while, its pattern tells how to do better:
+///
+///   requests come one by one, each after the last reply   poll for the next one, for a short time
+///   the client is behind with reading its replies         leave it alone until it has caught up half of them, and
+///                                                         find several requests then
+void Loop::restBriefly() {
+  if (solo_ == nullptr || soloTurns_ < kSoloTurns || outstanding_ > 0) return;
+  if (solo_->spinnable()) {
+    spin();
+    return;
+  }
+  const uint64_t pause = std::min(solo_->backlog(nowMicroseconds()) / 2, kPauseMicrosecondsMax);
+  if (pause < kPauseMicrosecondsMin) return;
+  timespec time{0, static_cast<long>(pause) * 1000};
+  clock_nanosleep(CLOCK_MONOTONIC, 0, &time, nullptr);
+}
+
+/// Bounded, and given up for a while whenever it was in vain.
 void Loop::spin() {
-  Connection* connection = spinner_;
+  Connection* connection = solo_;
   const uint64_t deadline = nowMicroseconds() + kSpinMicroseconds;
   do {
     if (connection->poll()) {
@@ -285,6 +302,7 @@ void Loop::bury(Connection* connection) {
   for (std::vector<Connection*>* list : {&touched_, &hungry_, &lingering_}) {
     list->erase(std::remove(list->begin(), list->end(), connection), list->end());
   }
+  if (solo_ == connection) solo_ = nullptr;
   dead_.push_back(connection);
 }
 
@@ -300,6 +318,7 @@ void Loop::expireLingering() {
 // --- upcalls -------------------------------------------------------------------------------------------------------
 
 Upcall* Loop::takeUpcall() {
+  outstanding_++;
   if (freeUpcalls_ == nullptr) return new Upcall;
   Upcall* upcall = freeUpcalls_;
   freeUpcalls_ = upcall->next;
@@ -309,6 +328,7 @@ Upcall* Loop::takeUpcall() {
 }
 
 void Loop::giveUpcall(Upcall* upcall) {
+  outstanding_--;
   if (upcall->payload != nullptr) upcall->payload->release();
   upcall->payload = nullptr;
   if (freeUpcallCount_ >= kFreeUpcallsMax) {
@@ -330,11 +350,13 @@ void Loop::queueUpcall(Upcall* upcall) {
 // --- accesses and barriers -----------------------------------------------------------------------------------------
 
 uint64_t Loop::beginAccess() {
+  outstanding_++;
   epochs_.back()++;
   return epochFirst_ + epochs_.size() - 1;
 }
 
 void Loop::endAccess(uint64_t epoch) {
+  outstanding_--;
   NBD_ASSERT(epoch >= epochFirst_ && epochs_[epoch - epochFirst_] > 0);
   epochs_[epoch - epochFirst_]--;
 }

@@ -81,6 +81,7 @@ class Loop {
   void settleBarriers();
   void retryMemory();
   void expireLingering();
+  void restBriefly();
   void spin();
   void signal();
   void finishStopping();
@@ -105,7 +106,6 @@ class Loop {
   Uring uring_;
   bool ringTried_ = false;
   std::vector<ReadJob*> ringDone_;
-  uint32_t poolReads_ = 0;
 
   std::vector<Connection*> connections_;
   std::vector<Connection*> touched_;
@@ -113,9 +113,9 @@ class Loop {
   std::vector<Connection*> dead_;
   std::vector<Connection*> hungry_;     // wait for memory
   std::vector<Connection*> lingering_;  // have a deadline
-  Connection* spinner_ = nullptr;
-  uint64_t napFor_ = 0;
-  uint64_t naps_ = 0;
+  Connection* solo_ = nullptr;  // had the last turns alone
+  uint32_t soloTurns_ = 0;
+  uint32_t outstanding_ = 0;    // upcalls and engine jobs that will come back
   std::vector<Event> events_;
   std::vector<LoopCommand> taken_;
   Upcall* freeUpcalls_ = nullptr;

@@ -187,6 +187,8 @@ export class PortableConnection implements SessionRules, RequestSink {
       return
     }
     if (received.length > 0) this.#receive(received)
+    // Its end may have been read together with those bytes, and is not told twice.
+    if (socket.readableEnded) this.end('hangup')
     if (!this.#requests.stalled && this.#state === 'open') socket.resume()
   }
 
@@ -515,7 +517,9 @@ export class PortableConnection implements SessionRules, RequestSink {
   /** The socket is done with a batch of replies. */
   #released(): void {
     if (this.#requests.stalled) this.#planResume()
-    if (this.#state === 'flushing') this.#armLinger()
+    if (this.#state !== 'flushing') return
+    this.#armLinger()
+    this.#endSocket()
   }
 
   /** Replies of one turn leave together. Answers come from many places, so the flush waits until all have run. */
@@ -578,8 +582,12 @@ export class PortableConnection implements SessionRules, RequestSink {
     this.#replies.flush()
     this.#enter('flushing')
     this.#armLinger()
-    // What the client sent behind the end is not read, so the socket is closed once the replies are with the kernel.
-    this.#socket.end(() => this.#socket.destroy())
+    this.#endSocket()
+  }
+
+  /** Closes the socket once the replies are with the kernel: what the client sent behind the end is not read. */
+  #endSocket(): void {
+    if (this.#replies.idle) this.#socket.end(() => this.#socket.destroy())
   }
 
   /** A client that takes no reply for that long is not waited for. */

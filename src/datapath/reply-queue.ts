@@ -4,19 +4,26 @@ import type { BufferPool } from './buffer-pool.ts'
 import type { ByteBudget } from './byte-budget.ts'
 
 /**
- * The replies of one connection on their way out. Small ones are written next to each other into a slab, large
- * ones have a buffer of their own; `flush` hands everything to the socket in one write.
+ * The replies of one connection on their way out. Small ones are written next to each other into a slab, large ones
+ * have a buffer of their own; `flush` hands what there is to the socket in one write.
  *
  *   reserve(size) -> position in `slab`; fill it; commit(size)      a reply that is complete this turn
  *   take(size) -> buffer; fill it, in any time; append(buffer, n)   a reply that waits for its data
  *
- * A buffer belongs to the socket from flush until the write's callback: only then has the kernel copied its
- * bytes, and only then does it go back to the pool. `heldBytes` counts whole buffers, not the bytes used in
- * them, because whole buffers are what a client that does not read keeps alive.
+ * The socket has one write of at most `writeBytesMax` at a time, the rest waits here: so memory comes back while a slow
+ * client takes a long queue, and each write that ends is a sign of life. A buffer belongs to the socket until the
+ * callback of its last write: only then has the kernel copied its bytes, and only then does it go back to the pool.
+ * `heldBytes` counts whole buffers, not the bytes used in them, because whole buffers are what stays alive.
  */
 const slabSizeMax = 256 * 1024
+const writeBytesMax = 1024 * 1024
 /** Above this much in one turn the socket gets it at once, so the client can start to read. */
 const flushBytes = 1024 * 1024
+
+interface Segment {
+  readonly buffer: Buffer // what the bytes lie in
+  bytes: Buffer // what is still to be sent
+}
 
 export class ReplyQueue {
   slab: Buffer
@@ -26,12 +33,12 @@ export class ReplyQueue {
   readonly #onReleased: () => void
   #used = 0 // committed bytes of the slab
   #unflushed = 0 // bytes committed and appended since the last flush
-  #segments: Buffer[] = [] // sealed, in order
-  #buffers: Buffer[] = [] // what the segments lie in
+  readonly #segments: Segment[] = [] // sealed, in order
+  #writing = false
   #heldBytes = 0
   #slabSize = 0 // what the next slab should hold, learned from the last batches
 
-  /** @param onReleased called when the socket is done with a batch, sent or not */
+  /** @param onReleased called whenever the socket is done with a write, sent or not */
   constructor(socket: Socket, pool: BufferPool, budget: ByteBudget, onReleased: () => void) {
     this.#socket = socket
     this.#pool = pool
@@ -45,8 +52,9 @@ export class ReplyQueue {
     return this.#heldBytes
   }
 
-  get isEmpty(): boolean {
-    return this.#unflushed === 0
+  /** Whether everything that was committed and appended has left. */
+  get idle(): boolean {
+    return !this.#writing && this.#segments.length === 0 && this.#used === 0
   }
 
   /** Makes room for `size` bytes in `slab`; returns where. Valid until the next call of anything here. */
@@ -75,8 +83,7 @@ export class ReplyQueue {
 
   append(buffer: Buffer, length: number): void {
     this.#seal()
-    this.#segments.push(buffer.subarray(0, length))
-    this.#buffers.push(buffer)
+    this.#segments.push({ buffer, bytes: buffer.subarray(0, length) })
     this.#unflushed += length
   }
 
@@ -86,29 +93,48 @@ export class ReplyQueue {
     this.#pool.give(buffer)
   }
 
-  /** One write for all that was committed and appended. */
   flush(): void {
     if (this.#unflushed === 0) return
-    this.#seal()
-    const segments = this.#segments
-    const buffers = this.#buffers
     this.#slabSize = Math.max(this.#unflushed, Math.floor(this.#slabSize * 0.75))
-    this.#segments = []
-    this.#buffers = []
     this.#unflushed = 0
-    const sent = (): void => {
-      for (const buffer of buffers) this.discard(buffer)
+    this.#seal()
+    if (!this.#writing) this.#write()
+  }
+
+  /** Hands the socket the next write. */
+  #write(): void {
+    this.#writing = true
+    const parts: Buffer[] = []
+    const done: Buffer[] = [] // buffers whose last byte is in this write
+    let room = writeBytesMax
+    for (let segment = this.#segments[0]; segment !== undefined && room > 0; segment = this.#segments[0]) {
+      const { buffer, bytes } = segment
+      if (bytes.length <= room) {
+        parts.push(bytes)
+        done.push(buffer)
+        this.#segments.shift()
+      } else {
+        parts.push(bytes.subarray(0, room))
+        segment.bytes = bytes.subarray(room)
+      }
+      room -= bytes.length
+    }
+    const written = (): void => {
+      this.#writing = false
+      for (const buffer of done) this.discard(buffer)
+      if (this.#segments.length > 0) this.#write()
       this.#onReleased()
     }
-    const last = segments.length - 1
-    if (last > 0) this.#socket.cork()
-    for (let index = 0; index <= last; index++) {
-      const segment = segments[index]
-      assert(segment !== undefined)
-      if (index === last) this.#socket.write(segment, sent)
-      else this.#socket.write(segment)
+    const last = parts.pop()
+    assert(last !== undefined, 'a write of nothing')
+    if (parts.length === 0) {
+      this.#socket.write(last, written)
+      return
     }
-    if (last > 0) this.#socket.uncork()
+    this.#socket.cork()
+    for (const part of parts) this.#socket.write(part)
+    this.#socket.write(last, written)
+    this.#socket.uncork()
   }
 
   #seal(): void {
@@ -119,8 +145,7 @@ export class ReplyQueue {
       this.discard(slab)
       return
     }
-    this.#segments.push(slab.subarray(0, this.#used))
-    this.#buffers.push(slab)
+    this.#segments.push({ buffer: slab, bytes: slab.subarray(0, this.#used) })
     this.#used = 0
   }
 }

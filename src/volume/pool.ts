@@ -560,10 +560,11 @@ export class Pool {
     }
   }
 
-  /** Slots for a thin volume; where none is free, those that wait to be freed are waited for. */
+  /** Slots for a thin volume; where too few are free, those that wait to be freed are waited for. */
   async #allocate(count: number): Promise<number[]> {
     let slots = this.#allocator.allocate(count)
-    if (slots === undefined && this.#reclaimer.pendingSlots > 0) {
+    // Again and again: others take what becomes free meanwhile, and give back more.
+    while (slots === undefined && this.#allocator.freeCount + this.#reclaimer.pendingSlots >= count) {
       await this.#reclaimer.reclaim()
       slots = this.#allocator.allocate(count)
     }

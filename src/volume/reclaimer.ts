@@ -11,7 +11,7 @@ import type { SlotOwner } from '../stripe/allocator.ts'
  * would hit the next owner's data.
  */
 export interface ReclaimerHost {
-  readonly datapath: Datapath
+  readonly datapath: Pick<Datapath, 'barrier' | 'punch'>
   free(slot: number, count: number, owner: SlotOwner): void
   /** Makes everything recorded so far durable. */
   flush(): Promise<void>

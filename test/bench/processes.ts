@@ -87,13 +87,17 @@ export async function runProgram(program: string, args: readonly string[]): Prom
   return { output, seconds: (performance.now() - from) / 1000 }
 }
 
+/** A server that runs while the benchmark does. */
 export class Background {
   readonly #child: ChildProcess
   readonly #name: string
+  readonly #pidFile: string | undefined
   #errors = ''
 
-  constructor(program: string, args: readonly string[]) {
+  /** @param pidFile where a program that goes to the background by itself says who it is then */
+  constructor(program: string, args: readonly string[], pidFile?: string) {
     this.#name = program
+    this.#pidFile = pidFile
     this.#child = spawn(program, args, { stdio: ['ignore', 'ignore', 'pipe'] })
     this.#child.stderr?.setEncoding('utf8').on('data', (chunk: string) => {
       this.#errors = (this.#errors + chunk).slice(-4096)
@@ -101,26 +105,36 @@ export class Background {
   }
 
   get pid(): number {
-    return this.#child.pid ?? 0
+    return this.#pidFile === undefined ? (this.#child.pid ?? 0) : Number(readFileSync(this.#pidFile, 'utf8'))
   }
 
   /** Resolves when a unix socket accepts connections. @throws Error when the program ends before, or is too slow */
   async listening(path: string, secondsMax = 60): Promise<void> {
     const deadline = performance.now() + secondsMax * 1000
     while (!(await accepts(path))) {
-      if (this.#child.exitCode !== null)
-        throw new Error(`${this.#name} ended with ${this.#child.exitCode}: ${this.#errors}`)
-      if (performance.now() > deadline)
+      const { exitCode } = this.#child
+      if (exitCode !== null && (exitCode !== 0 || this.#pidFile === undefined)) {
+        throw new Error(`${this.#name} ended with ${exitCode}: ${this.#errors}`)
+      }
+      if (performance.now() > deadline) {
         throw new Error(`${this.#name} does not listen on ${path}: ${this.#errors}`)
+      }
       await pause(10)
     }
   }
 
   async stop(): Promise<void> {
-    if (this.#child.exitCode !== null || this.#child.signalCode !== null) return
-    const closed = once(this.#child, 'exit')
-    this.#child.kill('SIGTERM')
-    await closed
+    const { pid } = this
+    try {
+      process.kill(pid, 'SIGTERM')
+      while (true) {
+        process.kill(pid, 0)
+        await pause(10)
+      }
+    } catch (error) {
+      // It is gone.
+      if (!(error instanceof Error && 'code' in error && error.code === 'ESRCH')) throw error
+    }
   }
 }
 

@@ -2,7 +2,9 @@
  * The servers that are compared. Each serves one disk of the same size from the same file system over a unix socket,
  * with every block of it written before and in the page cache: none has an advantage in what the disk has to do.
  */
+import { once } from 'node:events'
 import { mkdirSync, writeFileSync } from 'node:fs'
+import { createServer } from 'node:net'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { runFio } from './fio.ts'
@@ -59,7 +61,7 @@ export async function startOurs(
   }
 }
 
-type Start = (directory: string, file: string, socket: string) => Background
+type Start = (directory: string, file: string, socket: string) => Background | Promise<Background>
 
 const PEERS: Record<string, Start> = {
   nbdkit: (_, file, socket) => new Background('nbdkit', ['-f', '-U', socket, '-e', EXPORT, 'file', file]),
@@ -68,17 +70,21 @@ const PEERS: Record<string, Start> = {
       ...['--format=raw', '--cache=writeback', '--aio=threads', '--persistent', '--shared=8'],
       ...['-x', EXPORT, '-k', socket, file],
     ]),
-  'nbd-server': (directory, file, socket) => {
+  'nbd-server': async (directory, file, socket) => {
+    // It listens on TCP as well, always; port 0 would be its standard input.
+    const port = await freePort()
     const config = join(directory, 'config')
     const generic = [
       '[generic]',
       `unixsock = ${socket}`,
       'listenaddr = 127.0.0.1',
-      'port = 0',
+      `port = ${port}`,
       'allowlist = true',
     ]
     writeFileSync(config, [...generic, `[${EXPORT}]`, `exportname = ${file}`, ''].join('\n'))
-    return new Background('nbd-server', ['-d', '-C', config])
+    // In the foreground it would serve one connection and end.
+    const pidFile = join(directory, 'pid')
+    return new Background('nbd-server', ['-C', config, '-p', pidFile], pidFile)
   },
 }
 export const PEER_NAMES = Object.keys(PEERS)
@@ -92,7 +98,7 @@ export async function startPeer(directory: string, name: string, size: number): 
   writeFileSync(file, '')
   await runProgram('truncate', ['-s', String(size), file])
   const socket = join(own, 'nbd.sock')
-  const background = start(own, file, socket)
+  const background = await start(own, file, socket)
   try {
     await background.listening(socket)
     return await filled(name, false, background, socket, size)
@@ -100,6 +106,17 @@ export async function startPeer(directory: string, name: string, size: number): 
     await background.stop()
     throw error
   }
+}
+
+/** A TCP port that was free a moment ago. */
+async function freePort(): Promise<number> {
+  const server = createServer().listen(0, '127.0.0.1')
+  await once(server, 'listening')
+  const address = server.address()
+  server.close()
+  await once(server, 'close')
+  if (address === null || typeof address === 'string') throw new Error('no free port')
+  return address.port
 }
 
 /** Writes the whole disk through the server and reads it back once: preallocated, cached. */

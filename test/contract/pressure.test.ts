@@ -127,10 +127,12 @@ describe.each(implementations)('pressure: $name', (implementation) => {
     const client = await rig.connect('structured')
     for (let turn = 0; turn < 20; turn++) {
       await within(client.write(16 * MiB, pattern(4096, turn)), 'a small write', 5000)
-      expect((await client.read(16 * MiB, 4096)).equals(pattern(4096, turn))).toBe(true)
+      const read = await within(client.read(16 * MiB, 4096), 'a small read', 5000)
+      expect(read.equals(pattern(4096, turn))).toBe(true)
     }
     await within(client.write(0, large), 'a large write', 10_000)
-    expect((await client.read(16 * MiB, 16 * MiB)).equals(large.subarray(16 * MiB))).toBe(true)
+    const back = await within(client.read(16 * MiB, 16 * MiB), 'a large read', 10_000)
+    expect(back.equals(large.subarray(16 * MiB))).toBe(true)
     for (const each of stalled) each.destroy()
     await until(() => rig.datapath.sessionCount(rig.exportId) === 1, 'the stalled clients to be gone')
   })

@@ -3,6 +3,7 @@ import { afterEach, describe, expect, it } from 'vitest'
 import type { ReplyMode } from '../../src/datapath/datapath.ts'
 import { closeRigs, pattern, Rig } from '../support/datapath-rig.ts'
 import { implementations } from '../support/implementations.ts'
+import { within } from '../support/poll.ts'
 import { CMD, FLAG } from '../support/wire-client.ts'
 
 const modes: readonly ReplyMode[] = ['simple', 'structured', 'extended']
@@ -197,6 +198,16 @@ describe.each(implementations)('reads: $name', (implementation) => {
       const empty = await client.request({ command: CMD.READ, offset: 0, length: 4096, flags: FLAG.DF })
       expect(contentOf(empty.chunks)).toHaveLength(1)
     })
+  })
+
+  it('sends large replies to their end, however the client takes them', async () => {
+    const rig = await Rig.open(implementation, { chunkSize: 65_536, stripes: 256 })
+    rig.formatAll()
+    const client = await rig.connect('structured')
+    for (let round = 0; round < 40; round++) {
+      const data = await within(client.read(0, rig.size), `read ${round}`, 5000)
+      expect(data.length).toBe(rig.size)
+    }
   })
 
   it('caches without an answer of its own kind, and counts no upcall', async () => {

@@ -59,3 +59,23 @@ export function failingCommits(fails: (commit: Commit) => boolean = () => true):
     MetadataStore.prototype.commit = commit
   }
 }
+
+/** Metadata commits that `holds` names wait until `open`. */
+export class CommitGate {
+  readonly held: (() => void)[] = []
+  readonly #commit = MetadataStore.prototype.commit
+
+  constructor(holds: (commit: Commit) => boolean) {
+    const { held } = this
+    const commit = this.#commit
+    MetadataStore.prototype.commit = async function (this: MetadataStore, what: Commit): Promise<void> {
+      if (holds(what)) await new Promise<void>((resolve) => held.push(resolve))
+      return commit.call(this, what)
+    }
+  }
+
+  open(): void {
+    MetadataStore.prototype.commit = this.#commit
+    for (const go of this.held.splice(0)) go()
+  }
+}

@@ -1,0 +1,141 @@
+/**
+ * What a disk may answer, sector by sector, when requests overlap in time.
+ *
+ * Every write has a token of its own; each of its sectors holds token and sector number in turn, 8 bytes each, so that a
+ * sector tells who wrote it and where. An operation begins when it is sent and ends when it is answered; between the two it
+ * may take effect at any moment, once. A read may return the value of an operation that began before the read ended, unless
+ * another one took effect wholly between that operation's end and the read's begin. What a read returned has taken effect:
+ * no later read may go back behind it.
+ *
+ * The operations of one sector that still matter are kept; those that no read can return any more are dropped.
+ */
+export const SECTOR = 512
+const WORDS = SECTOR / 8
+
+interface Operation {
+  readonly token: bigint // 0 = zeros
+  readonly begin: number // logical time
+  end: number // of the answer; Infinity while there is none
+  seenBy?: string
+  effective: number // the latest moment at which it has taken effect: its answer, or the end of a read that saw it
+}
+
+export class SectorModel {
+  readonly size: number // bytes
+  readonly #sectors: Operation[][]
+  readonly #initial: bigint
+  readonly #readsUnderWay = new Set<{ begin: number }>()
+  #clock = 0
+  #token = 0n
+  /** Sectors that were compared. */
+  compared = 0
+
+  /** @param fill byte that unwritten sectors hold */
+  constructor(size: number, fill = 0) {
+    this.size = size
+    this.#initial = BigInt(`0x${Buffer.alloc(8, fill).toString('hex')}`)
+    const first: Operation = { token: this.#initial, begin: 0, end: 0, effective: 0 }
+    this.#sectors = Array.from({ length: size / SECTOR }, () => [first])
+  }
+
+  /** A write of whole sectors that is about to be sent: its bytes, and what to call when it was answered with success. */
+  write(offset: number, length: number): { data: Buffer; answered: () => void } {
+    this.#token += 1n
+    const token = this.#token
+    const data = Buffer.alloc(length)
+    for (let at = 0; at < length; at += 16) {
+      data.writeBigUInt64LE(token, at)
+      data.writeBigUInt64LE(BigInt(Math.floor((offset + at) / SECTOR)), at + 8)
+    }
+    return { data, answered: this.#operation(offset, length, token) }
+  }
+
+  /** A trim or zeroing that is about to be sent. */
+  zero(offset: number, length: number): { answered: () => void } {
+    return { answered: this.#operation(offset, length, 0n) }
+  }
+
+  /** A read that is about to be sent; `check` is called with what came back. @returns what is wrong, undefined where nothing is */
+  read(offset: number, length: number): { check: (content: Buffer) => string | undefined } {
+    const read = { begin: ++this.#clock }
+    this.#readsUnderWay.add(read)
+    return {
+      check: (content) => {
+        const end = ++this.#clock
+        this.#readsUnderWay.delete(read)
+        for (let at = 0; at < length; at += SECTOR) {
+          const problem = this.#checkSector(
+            (offset + at) / SECTOR,
+            content.subarray(at, at + SECTOR),
+            read.begin,
+            end,
+          )
+          if (problem !== undefined) return problem
+        }
+        return undefined
+      },
+    }
+  }
+
+  #operation(offset: number, length: number, token: bigint): () => void {
+    const operation: Operation = {
+      token,
+      begin: ++this.#clock,
+      end: Number.POSITIVE_INFINITY,
+      effective: Number.POSITIVE_INFINITY,
+    }
+    const first = offset / SECTOR
+    const last = (offset + length) / SECTOR
+    for (let sector = first; sector < last; sector++) this.#sectors[sector]?.push(operation)
+    return () => {
+      operation.end = ++this.#clock
+      operation.effective = Math.min(operation.effective, operation.end)
+      for (let sector = first; sector < last; sector++) this.#prune(sector)
+    }
+  }
+
+  #checkSector(sector: number, content: Buffer, begin: number, end: number): string | undefined {
+    this.compared++
+    const operations = this.#sectors[sector] ?? []
+    const permitted = operations.filter((each) => each.begin < end && !superseded(each, operations, begin))
+    // A read next to a write may see some words of either: sectors are not copied in one go.
+    const seen = new Set<bigint>()
+    for (let word = 0; word < WORDS; word += 2) {
+      const token = content.readBigUInt64LE(word * 8)
+      const place = content.readBigUInt64LE(word * 8 + 8)
+      const expectedPlace = token === 0n || token === this.#initial ? token : BigInt(sector)
+      if (place !== expectedPlace)
+        return `sector ${sector} holds what belongs to sector ${place} (token ${token})`
+      seen.add(token)
+    }
+    for (const token of seen) {
+      if (permitted.some((each) => each.token === token)) continue
+      const known = operations.map((each) => `${each.token}@${each.begin}..${each.end} ${each.seenBy ?? ''}`).join(' ')
+      return `sector ${sector} reads ${token} at ${begin}..${end}; may be ${permitted.map((each) => each.token)}; of ${known}`
+    }
+    if (seen.size === 1) {
+      const [token] = seen
+      const candidates = permitted.filter((each) => each.token === token)
+      // Zeros have many authors; only one that is alone is known to have taken effect.
+      const [only] = candidates
+      if (only !== undefined && candidates.length === 1 && only.effective > end) {
+        only.effective = end
+        only.seenBy = `seen ${begin}..${end}`
+      }
+    }
+    return undefined
+  }
+
+  #prune(sector: number): void {
+    const operations = this.#sectors[sector]
+    if (operations === undefined || operations.length < 8) return
+    let oldest = this.#clock
+    for (const { begin } of this.#readsUnderWay) oldest = Math.min(oldest, begin)
+    this.#sectors[sector] = operations.filter((each) => !superseded(each, operations, oldest))
+  }
+}
+
+/** Whether some operation took effect wholly between the end of `each` and `begin`. */
+function superseded(each: Operation, operations: readonly Operation[], begin: number): boolean {
+  return operations.some((other) => other.begin > each.end && other.effective < begin)
+}
