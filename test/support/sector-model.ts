@@ -4,8 +4,8 @@
  * Every write has a token of its own; each of its sectors holds token and sector number in turn, 8 bytes each, so that a
  * sector tells who wrote it and where. An operation begins when it is sent and ends when it is answered; between the two it
  * may take effect at any moment, once. A read may return the value of an operation that began before the read ended, unless
- * another one took effect wholly between that operation's end and the read's begin. What a read returned has taken effect:
- * no later read may go back behind it.
+ * another one took effect wholly between that operation's end and the read's begin. What a read returned has taken effect
+ * in that sector: no later read may go back behind it. Sectors are independent: a request need not take effect in one go.
  *
  * The operations of one sector that still matter are kept; those that no read can return any more are dropped.
  */
@@ -16,13 +16,17 @@ interface Operation {
   readonly token: bigint // 0 = zeros
   readonly begin: number // logical time
   end: number // of the answer; Infinity while there is none
-  seenBy?: string
-  effective: number // the latest moment at which it has taken effect: its answer, or the end of a read that saw it
+}
+
+/** An operation in one of its sectors. */
+interface Effect {
+  readonly operation: Operation
+  seen: number // the end of the first read that returned it; Infinity while there is none
 }
 
 export class SectorModel {
   readonly size: number // bytes
-  readonly #sectors: Operation[][]
+  readonly #sectors: Effect[][]
   readonly #initial: bigint
   readonly #readsUnderWay = new Set<{ begin: number }>()
   #clock = 0
@@ -34,8 +38,8 @@ export class SectorModel {
   constructor(size: number, fill = 0) {
     this.size = size
     this.#initial = BigInt(`0x${Buffer.alloc(8, fill).toString('hex')}`)
-    const first: Operation = { token: this.#initial, begin: 0, end: 0, effective: 0 }
-    this.#sectors = Array.from({ length: size / SECTOR }, () => [first])
+    const operation: Operation = { token: this.#initial, begin: 0, end: 0 }
+    this.#sectors = Array.from({ length: size / SECTOR }, () => [{ operation, seen: 0 }])
   }
 
   /** A write of whole sectors that is about to be sent: its bytes, and what to call when it was answered with success. */
@@ -78,26 +82,24 @@ export class SectorModel {
   }
 
   #operation(offset: number, length: number, token: bigint): () => void {
-    const operation: Operation = {
-      token,
-      begin: ++this.#clock,
-      end: Number.POSITIVE_INFINITY,
-      effective: Number.POSITIVE_INFINITY,
-    }
+    const operation: Operation = { token, begin: ++this.#clock, end: Number.POSITIVE_INFINITY }
     const first = offset / SECTOR
     const last = (offset + length) / SECTOR
-    for (let sector = first; sector < last; sector++) this.#sectors[sector]?.push(operation)
+    for (let sector = first; sector < last; sector++) {
+      this.#sectors[sector]?.push({ operation, seen: Number.POSITIVE_INFINITY })
+    }
     return () => {
       operation.end = ++this.#clock
-      operation.effective = Math.min(operation.effective, operation.end)
       for (let sector = first; sector < last; sector++) this.#prune(sector)
     }
   }
 
   #checkSector(sector: number, content: Buffer, begin: number, end: number): string | undefined {
     this.compared++
-    const operations = this.#sectors[sector] ?? []
-    const permitted = operations.filter((each) => each.begin < end && !superseded(each, operations, begin))
+    const effects = this.#sectors[sector] ?? []
+    const permitted = effects.filter(
+      (each) => each.operation.begin < end && !superseded(each, effects, begin),
+    )
     // A read next to a write may see some words of either: sectors are not copied in one go.
     const seen = new Set<bigint>()
     for (let word = 0; word < WORDS; word += 2) {
@@ -109,33 +111,34 @@ export class SectorModel {
       seen.add(token)
     }
     for (const token of seen) {
-      if (permitted.some((each) => each.token === token)) continue
-      const known = operations.map((each) => `${each.token}@${each.begin}..${each.end} ${each.seenBy ?? ''}`).join(' ')
-      return `sector ${sector} reads ${token} at ${begin}..${end}; may be ${permitted.map((each) => each.token)}; of ${known}`
+      if (permitted.some(({ operation }) => operation.token === token)) continue
+      const known = effects.map(
+        ({ operation, seen: at }) => `${operation.token}@${operation.begin}..${operation.end} seen ${at}`,
+      )
+      const may = permitted.map(({ operation }) => operation.token)
+      return `sector ${sector} reads ${token} at ${begin}..${end}; may be ${may}; of ${known.join(', ')}`
     }
     if (seen.size === 1) {
-      const [token] = seen
-      const candidates = permitted.filter((each) => each.token === token)
       // Zeros have many authors; only one that is alone is known to have taken effect.
-      const [only] = candidates
-      if (only !== undefined && candidates.length === 1 && only.effective > end) {
-        only.effective = end
-        only.seenBy = `seen ${begin}..${end}`
-      }
+      const authors = permitted.filter(({ operation }) => seen.has(operation.token))
+      const [author] = authors
+      if (author !== undefined && authors.length === 1) author.seen = Math.min(author.seen, end)
     }
     return undefined
   }
 
   #prune(sector: number): void {
-    const operations = this.#sectors[sector]
-    if (operations === undefined || operations.length < 8) return
+    const effects = this.#sectors[sector]
+    if (effects === undefined || effects.length < 8) return
     let oldest = this.#clock
     for (const { begin } of this.#readsUnderWay) oldest = Math.min(oldest, begin)
-    this.#sectors[sector] = operations.filter((each) => !superseded(each, operations, oldest))
+    this.#sectors[sector] = effects.filter((each) => !superseded(each, effects, oldest))
   }
 }
 
-/** Whether some operation took effect wholly between the end of `each` and `begin`. */
-function superseded(each: Operation, operations: readonly Operation[], begin: number): boolean {
-  return operations.some((other) => other.begin > each.end && other.effective < begin)
+/** Whether another operation took effect wholly between the end of this one and `begin`. */
+function superseded(each: Effect, effects: readonly Effect[], begin: number): boolean {
+  return effects.some(
+    ({ operation, seen }) => operation.begin > each.operation.end && Math.min(operation.end, seen) < begin,
+  )
 }
