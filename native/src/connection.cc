@@ -58,7 +58,6 @@ void Connection::attach() {
     received_.clear();
     received_.shrink_to_fit();
   }
-  if (const char* e = getenv("SNDBUF")) { int v = atoi(e); int rc = setsockopt(fd_, SOL_SOCKET, SO_SNDBUFFORCE, &v, sizeof v); if (rc) setsockopt(fd_, SOL_SOCKET, SO_SNDBUF, &v, sizeof v); }
   epoll_event event{};
   event.events = EPOLLIN | EPOLLRDHUP | EPOLLET;
   event.data.ptr = this;
@@ -181,8 +180,6 @@ uint64_t Connection::backlog(uint64_t now) {
 }
 
 bool Connection::spinnable() const {
-  static int pw = getenv("PSPIN") ? 1 : 0;
-  if (pw && state_ == State::Open && (phase_ == Phase::InPlace || phase_ == Phase::Gather) && !readable_ && !waitsForMemory_) return true;
   return singles_ >= kSpinAfter + spinPenalty_ && state_ == State::Open && phase_ == Phase::Header &&
          inFlight_ == 0 && out_.empty() && input_ == nullptr && !readable_;
 }

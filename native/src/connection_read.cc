@@ -295,6 +295,7 @@ void Connection::endStream() {
   }
   out_.commit(static_cast<size_t>(p - at));
   stream_.active = false;
+  stream_.failed = false;  // else planRaw would fill later reads instead of reading them
   out_.splice(held_);
 }
 

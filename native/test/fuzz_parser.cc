@@ -1,54 +1,85 @@
-// libFuzzer: a session's rules and a stream of bytes from the input. Whatever comes, the parser moves on, ends, or waits
-// for at most one header, and it never looks past the bytes at hand.
-#include <stdlib.h>
-
+// libFuzzer: any bytes, cut anywhere, give the same requests as when they come at once, and no verdict breaks its own
+// promises. The first byte chooses the mode, the second where to cut.
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <vector>
 
-#include "parser.h"
+#include "../src/parser.h"
+
+using namespace nbd;
+
+namespace {
+
+constexpr uint64_t kSize = uint64_t{1} << 33;
+
+struct Outcome {
+  std::vector<uint64_t> words;
+  bool ended = false;
+};
+
+void require(bool condition) {
+  if (!condition) abort();
+}
+
+Outcome parse(const SessionRules& rules, const uint8_t* data, size_t size, size_t step) {
+  RequestParser parser(rules);
+  Outcome outcome;
+  size_t at = 0;         // consumed
+  size_t available = 0;  // arrived
+  while (!outcome.ended) {
+    const uint64_t payload = parser.payloadLeft();
+    if (payload > 0) {
+      const uint64_t part = std::min<uint64_t>(payload, available - at);
+      parser.consumed(part);
+      at += part;
+    }
+    if (parser.payloadLeft() == 0) {
+      const RequestParser::Step step = parser.next(data + at, available - at, kSize);
+      if (step == RequestParser::Step::Ended) {
+        outcome.ended = true;
+        break;
+      }
+      if (step == RequestParser::Step::Request) {
+        const Request& request = parser.request();
+        const Verdict& verdict = parser.verdict();
+        require(!verdict.fatal);
+        require(verdict.payload <= 2 * uint64_t{rules.payloadMax});
+        if (verdict.error == kOk && request.command <= kWriteZeroes && request.command != kDisconnect) {
+          require(request.offset <= kSize && request.length <= kSize - request.offset);
+          if (request.command == kRead || request.command == kWrite) require(request.length <= rules.payloadMax);
+        }
+        for (uint64_t word : {uint64_t{request.command}, uint64_t{request.flags}, request.cookie, request.offset,
+                              request.length, uint64_t{verdict.error}, verdict.payload}) {
+          outcome.words.push_back(word);
+        }
+        at += parser.headerSize();
+        continue;
+      }
+    }
+    if (available == size) break;
+    available = std::min(size, available + step);
+  }
+  return outcome;
+}
+
+}  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  using namespace nbd;
   if (size < 2) return 0;
   SessionRules rules;
   rules.mode = static_cast<Mode>(data[0] % 3);
-  rules.readOnly = (data[0] & 0x10) != 0;
-  rules.contexts = rules.mode != Mode::Simple && (data[0] & 0x20) != 0;
+  rules.readOnly = (data[0] & 0x80) != 0;
+  rules.contexts = (data[0] & 0x40) != 0;
   rules.contextCount = rules.contexts ? 3 : 0;
-  rules.payloadMax = 1u << (data[1] % 26);
-  const uint64_t exportSize = uint64_t{1} << (data[1] % 50);
-  const uint32_t contexts[3] = {1, 2, 3};
-  data += 2;
-  size -= 2;
-  RequestParser parser(rules);
-  while (size > 0) {
-    // Exactly as many bytes as a header, in memory of their own.
-    const std::vector<uint8_t> exact(data, data + std::min(size, parser.headerSize()));
-    const RequestParser::Step step = parser.next(exact.data(), exact.size(), exportSize);
-    if (step == RequestParser::Step::Ended) return 0;
-    if (step == RequestParser::Step::NeedMore) {
-      if (exact.size() >= parser.headerSize()) abort();
-      return 0;
-    }
-    const Request& request = parser.request();
-    data += parser.headerSize();
-    size -= parser.headerSize();
-    if (parser.verdict().error == kOk && (request.command == kRead || request.command == kWrite)) {
-      if (request.length == 0 || request.length > rules.payloadMax) abort();
-      if (request.offset > exportSize || request.length > exportSize - request.offset) abort();
-    }
-    const uint64_t most = rules.mode == Mode::Extended ? rules.payloadMax : uint64_t{2} * rules.payloadMax;
-    if (parser.payloadLeft() > most) abort();
-    const size_t part = std::min<uint64_t>(size, parser.payloadLeft());
-    if (request.command == kBlockStatus && parser.payloadLeft() == part && part > 0) {
-      uint64_t length, mask;
-      const std::vector<uint8_t> body(data, data + part);
-      if (decodeStatusPayload(body.data(), part, contexts, 3, &length, &mask) && (mask == 0 || mask > 7)) abort();
-    }
-    parser.consumed(part);
-    data += part;
-    size -= part;
-    if (parser.payloadLeft() > 0) return 0;
-  }
+  rules.payloadMax = 1 << 16;
+  const size_t step = 1 + data[1];
+  const Outcome whole = parse(rules, data + 2, size - 2, size);
+  const Outcome cut = parse(rules, data + 2, size - 2, step);
+  require(whole.words == cut.words && whole.ended == cut.ended);
+
+  const uint32_t contexts[] = {0, 1, 0x01020304};
+  uint64_t length, mask;
+  if (decodeStatusPayload(data, size, contexts, 3, &length, &mask)) require(mask > 0 && mask < 8);
   return 0;
 }

@@ -1,56 +1,60 @@
 #include "harness.h"
 
-#include <cstdio>
-#include <cstring>
-#include <vector>
+#include <signal.h>
+#include <unistd.h>
 
-namespace nbd::test {
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+
+namespace test {
+
+int failures = 0;
+uint64_t seed = 0;
+
+void failed(const char* file, int line, const std::string& what) {
+  failures++;
+  if (failures <= 20) printf("# %s:%d: %s (seed %llu)\n", file, line, what.c_str(), static_cast<unsigned long long>(seed));
+  fflush(stdout);
+}
+
+}  // namespace test
 
 namespace {
 
-struct Case {
-  std::string name;
-  std::function<void()> body;
-};
+constexpr unsigned kSecondsMax = 120;
+const char* running = "";
 
-std::vector<Case>& cases() {
-  static std::vector<Case> all;
-  return all;
+void onAlarm(int) {
+  const char* parts[] = {"not ok - ", running, " # does not end\n"};
+  for (const char* part : parts) {
+    if (write(1, part, strlen(part)) < 0) break;
+  }
+  abort();  // with a core, or a sanitizer's report of all threads
 }
 
 }  // namespace
 
-Register::Register(std::string name, std::function<void()> body) { cases().push_back({std::move(name), std::move(body)}); }
-
-void failed(const char* condition, const char* file, int line, const std::string& detail) {
-  const char* slash = strrchr(file, '/');
-  throw Failure{std::string(slash == nullptr ? file : slash + 1) + ":" + std::to_string(line) + ": " + condition +
-                (detail.empty() ? "" : " (" + detail + ")")};
-}
-
-}  // namespace nbd::test
-
-/// Arguments: words; only tests whose names contain one of them run.
-int main(int count, char** words) {
-  using namespace nbd::test;
+/// Usage: program [LABEL [NAME]]: the label goes into each line, NAME is part of the names of the tests to run.
+int main(int argc, char** argv) {
   setvbuf(stdout, nullptr, _IOLBF, 0);
-  bool good = true;
-  for (const Case& one : cases()) {
-    bool wanted = count < 2;
-    for (int i = 1; i < count; i++) wanted = wanted || one.name.find(words[i]) != std::string::npos;
-    if (!wanted) continue;
-    try {
-      one.body();
-      printf("ok %s\n", one.name.c_str());
-    } catch (const Skip& skip) {
-      printf("ok %s # SKIP %s\n", one.name.c_str(), skip.why.c_str());
-    } catch (const Failure& failure) {
-      good = false;
-      fprintf(stderr, "# %s\n", failure.what.c_str());
-      printf("not ok %s\n", one.name.c_str());
-    }
+  signal(SIGPIPE, SIG_IGN);
+  signal(SIGALRM, onAlarm);
+  const char* given = getenv("TEST_SEED");
+  test::seed = given != nullptr
+                   ? strtoull(given, nullptr, 10)
+                   : static_cast<uint64_t>(std::chrono::system_clock::now().time_since_epoch().count());
+  const std::string label = argc > 1 && argv[1][0] != 0 ? std::string(argv[1]) + ": " : "";
+  int notOk = 0;
+  for (const test::Test& one : test::all()) {
+    if (argc > 2 && strstr(one.name, argv[2]) == nullptr) continue;
+    test::failures = 0;
+    running = one.name;
+    alarm(kSecondsMax);
+    one.run();
+    alarm(0);
+    printf("%s - %s%s\n", test::failures == 0 ? "ok" : "not ok", label.c_str(), one.name);
+    if (test::failures > 0) notOk++;
   }
-  // The line that a crash or a sanitizer's exit would leave out.
-  printf("end\n");
-  return good ? 0 : 1;
+  return notOk == 0 ? 0 : 1;
 }

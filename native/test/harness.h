@@ -1,66 +1,69 @@
-// A small test harness. A test is a function; CHECK leaves it by an exception, so that what it holds is given back. Each
-// test prints one line that native/test/run turns into TAP: "ok name", "not ok name" or "ok name # SKIP reason".
+// The smallest test framework: tests register themselves, a failed check says where and which values, and the program
+// prints one TAP line a test. A test that hangs is ended by a watchdog, so that a lost wake-up is a failure with a name.
 #pragma once
 
-#include <chrono>
 #include <cstdint>
-#include <functional>
+#include <cstdio>
+#include <sstream>
 #include <string>
-#include <thread>
+#include <vector>
 
-namespace nbd::test {
+namespace test {
 
-struct Failure {
-  std::string what;
-};
-struct Skip {
-  std::string why;
+struct Test {
+  const char* name;
+  void (*run)();
 };
 
-[[noreturn]] void failed(const char* condition, const char* file, int line, const std::string& detail = "");
+inline std::vector<Test>& all() {
+  static std::vector<Test> tests;
+  return tests;
+}
 
-/// Registers a test; tests run in the order of their registration.
 struct Register {
-  Register(std::string name, std::function<void()> body);
+  Register(const char* name, void (*run)()) { all().push_back({name, run}); }
 };
 
-/// Deterministic numbers (splitmix64): a seed names a run on every machine.
+/// Counted by main (harness.cc).
+extern int failures;
+void failed(const char* file, int line, const std::string& what);
+/// Seed of the random numbers of this run; printed with every failure.
+extern uint64_t seed;
+
+template <class A, class B>
+void equal(const A& a, const B& b, const char* text, const char* file, int line) {
+  if (a == b) return;
+  std::ostringstream out;
+  out << text << ": " << a << " is not " << b;
+  failed(file, line, out.str());
+}
+
+/// Small, fast, and the same everywhere.
 class Random {
  public:
-  explicit Random(uint64_t seed) : state_(seed) {}
+  explicit Random(uint64_t from) : state_(from * 0x9e3779b97f4a7c15ull + 1) {}
   uint64_t next() {
-    uint64_t z = (state_ += 0x9e3779b97f4a7c15);
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
-    return z ^ (z >> 31);
+    state_ ^= state_ << 13;
+    state_ ^= state_ >> 7;
+    state_ ^= state_ << 17;
+    return state_;
   }
-  /// 0 .. bound - 1
+  /// 0 <= result < bound
   uint64_t below(uint64_t bound) { return next() % bound; }
-  bool chance(unsigned percent) { return below(100) < percent; }
 
  private:
   uint64_t state_;
 };
 
-/// Polls for a condition until a deadline.
-template <typename Condition>
-bool eventually(Condition condition, int seconds = 20) {
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(seconds);
-  while (!condition()) {
-    if (std::chrono::steady_clock::now() > deadline) return false;
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  }
-  return true;
-}
+}  // namespace test
 
-}  // namespace nbd::test
+#define TEST_JOIN2(a, b) a##b
+#define TEST_JOIN(a, b) TEST_JOIN2(a, b)
+#define TEST(name)                                                                                   \
+  static void TEST_JOIN(testRun, __LINE__)();                                                        \
+  static ::test::Register TEST_JOIN(testRegister, __LINE__)(name, &TEST_JOIN(testRun, __LINE__));    \
+  static void TEST_JOIN(testRun, __LINE__)()
 
 #define CHECK(condition) \
-  ((condition) ? static_cast<void>(0) : ::nbd::test::failed(#condition, __FILE__, __LINE__))
-#define CHECK_EQUAL(a, b)                                                                                   \
-  do {                                                                                                      \
-    const auto left_ = (a);                                                                                 \
-    const auto right_ = (b);                                                                                \
-    if (!(left_ == right_))                                                                                 \
-      ::nbd::test::failed(#a " == " #b, __FILE__, __LINE__, std::to_string(left_) + " / " + std::to_string(right_)); \
-  } while (false)
+  ((condition) ? static_cast<void>(0) : ::test::failed(__FILE__, __LINE__, #condition))
+#define CHECK_EQUAL(a, b) ::test::equal((a), (b), #a " == " #b, __FILE__, __LINE__)

@@ -1,255 +1,256 @@
-// The request parser: layout, every rule with its error number, and independence of how the stream is cut.
-#include <vector>
+// The transmission parser: layout, every rule of validateRequest, and the same requests wherever the stream is cut.
+#include "../src/parser.h"
+
+#include <algorithm>
 
 #include "harness.h"
-#include "parser.h"
 
-namespace nbd::test {
+using namespace nbd;
+
 namespace {
 
 constexpr uint64_t kSize = 1 << 20;
-constexpr uint32_t kPayloadMax = 64 * 1024;
-
-using Bytes = std::vector<uint8_t>;
+constexpr uint32_t kPayloadMax = 32 << 20;
 
 SessionRules rulesOf(Mode mode) {
   SessionRules rules;
   rules.mode = mode;
   rules.payloadMax = kPayloadMax;
-  rules.contexts = mode != Mode::Simple;
-  rules.contextCount = mode != Mode::Simple ? 2 : 0;
+  rules.contexts = true;
+  rules.contextCount = 2;
   return rules;
 }
 
-void put(Bytes& out, Mode mode, uint16_t flags, uint16_t command, uint64_t cookie, uint64_t offset, uint64_t length) {
-  uint8_t header[kExtendedRequestSize];
-  uint8_t* p = put32(header, mode == Mode::Extended ? kExtendedRequestMagic : kRequestMagic);
-  p = put16(p, flags);
-  p = put16(p, command);
-  p = put64(p, cookie);
-  p = put64(p, offset);
-  p = mode == Mode::Extended ? put64(p, length) : put32(p, static_cast<uint32_t>(length));
-  out.insert(out.end(), header, p);
-}
-
-struct Seen {
-  Request request;
-  uint32_t error;
-  Bytes payload;
-  bool operator==(const Seen& other) const {
-    return request.flags == other.request.flags && request.command == other.request.command &&
-           request.cookie == other.request.cookie && request.offset == other.request.offset &&
-           request.length == other.request.length && error == other.error && payload == other.payload;
-  }
-};
-
-struct Outcome {
-  std::vector<Seen> seen;
-  bool ended = false;
-  bool operator==(const Outcome&) const = default;
-};
-
-/// Feeds `stream` in pieces that end at `cuts` (ascending) and at its end.
-Outcome feed(const Bytes& stream, const SessionRules& rules, const std::vector<size_t>& cuts) {
-  RequestParser parser(rules);
-  Outcome outcome;
-  Bytes held;
-  size_t fed = 0;
-  for (size_t piece = 0; piece <= cuts.size(); piece++) {
-    const size_t until = piece < cuts.size() ? cuts[piece] : stream.size();
-    held.insert(held.end(), stream.begin() + static_cast<long>(fed), stream.begin() + static_cast<long>(until));
-    fed = until;
-    for (;;) {
-      if (parser.payloadLeft() > 0) {
-        const size_t part = std::min<size_t>(held.size(), parser.payloadLeft());
-        if (part == 0) break;
-        Bytes& payload = outcome.seen.back().payload;
-        payload.insert(payload.end(), held.begin(), held.begin() + static_cast<long>(part));
-        held.erase(held.begin(), held.begin() + static_cast<long>(part));
-        parser.consumed(part);
-        continue;
-      }
-      // A copy of exactly these bytes, so that a look past the end is an error of the sanitizer's.
-      const Bytes exact(held);
-      const RequestParser::Step step = parser.next(exact.data(), exact.size(), kSize);
-      if (step == RequestParser::Step::NeedMore) break;
-      if (step == RequestParser::Step::Ended) {
-        outcome.ended = true;
-        return outcome;
-      }
-      held.erase(held.begin(), held.begin() + static_cast<long>(parser.headerSize()));
-      outcome.seen.push_back({parser.request(), parser.verdict().error, {}});
-    }
-  }
-  return outcome;
-}
-
-Bytes sampleStream(Mode mode) {
-  const uint16_t payloadFlag = mode == Mode::Extended ? kFlagPayloadLength : 0;
-  Bytes stream;
-  auto payload = [&](size_t bytes) {
-    for (size_t i = 0; i < bytes; i++) stream.push_back(static_cast<uint8_t>(stream.size() * 7));
-  };
-  put(stream, mode, 0, kRead, 1, 4096, 512);
-  put(stream, mode, static_cast<uint16_t>(kFlagFua | payloadFlag), kWrite, 0xfedcba9876543210, kSize - 5, 5);
-  payload(5);
-  put(stream, mode, payloadFlag, kWrite, 3, kSize - 4, 9);  // ENOSPC, the payload is swallowed
-  payload(9);
-  put(stream, mode, 0, kFlush, 4, 0, 0);
-  put(stream, mode, 0, 77, 5, 0, 1);
+std::vector<uint8_t> encode(Mode mode, uint16_t command, uint16_t flags, uint64_t cookie, uint64_t offset,
+                            uint64_t length) {
+  std::vector<uint8_t> bytes(requestSize(mode));
+  uint8_t* at = put32(bytes.data(), mode == Mode::Extended ? kExtendedRequestMagic : kRequestMagic);
+  at = put16(at, flags);
+  at = put16(at, command);
+  at = put64(at, cookie);
+  at = put64(at, offset);
   if (mode == Mode::Extended) {
-    put(stream, mode, payloadFlag, kBlockStatus, 6, 0, 16);
-    payload(16);
-    put(stream, mode, payloadFlag, kRead, 7, 0, 3);  // not allowed, framed all the same
-    payload(3);
+    put64(at, length);
+  } else {
+    put32(at, static_cast<uint32_t>(length));
   }
-  put(stream, mode, kFlagNoHole, kWriteZeroes, 8, 0, kSize);
-  put(stream, mode, 0, kDisconnect, 9, 0, 0);
-  return stream;
+  return bytes;
 }
 
-void everySplit(Mode mode) {
-  const Bytes stream = sampleStream(mode);
-  const SessionRules rules = rulesOf(mode);
-  const Outcome whole = feed(stream, rules, {});
-  CHECK_EQUAL(whole.seen.size(), mode == Mode::Extended ? size_t{9} : size_t{7});
-  CHECK(!whole.ended);
-  CHECK_EQUAL(whole.seen[0].request.offset, uint64_t{4096});
-  CHECK_EQUAL(whole.seen[0].request.length, uint64_t{512});
-  CHECK_EQUAL(whole.seen[1].request.cookie, uint64_t{0xfedcba9876543210});
-  CHECK_EQUAL(whole.seen[1].error, uint32_t{kOk});
-  CHECK_EQUAL(whole.seen[1].payload.size(), size_t{5});
-  CHECK_EQUAL(whole.seen[2].error, uint32_t{kEnospc});
-  CHECK_EQUAL(whole.seen[2].payload.size(), size_t{9});
-  CHECK_EQUAL(whole.seen[4].error, uint32_t{kEinval});
-  CHECK_EQUAL(whole.seen.back().request.command, uint16_t{kDisconnect});
-
-  std::vector<size_t> bytewise;
-  for (size_t at = 0; at < stream.size(); at++) {
-    CHECK(feed(stream, rules, {at}) == whole);
-    bytewise.push_back(at);
-  }
-  CHECK(feed(stream, rules, bytewise) == whole);
-  for (size_t first = 0; first < stream.size(); first += 3) {
-    for (size_t second = first; second < stream.size(); second += 5) CHECK(feed(stream, rules, {first, second}) == whole);
-  }
+Request request(uint16_t command, uint64_t offset, uint64_t length, uint16_t flags = 0) {
+  Request made;
+  made.command = command;
+  made.offset = offset;
+  made.length = length;
+  made.flags = flags;
+  return made;
 }
 
-Verdict judge(Mode mode, uint16_t flags, uint16_t command, uint64_t offset, uint64_t length, bool readOnly = false) {
+uint32_t errorOf(Mode mode, const Request& made, bool readOnly = false) {
   SessionRules rules = rulesOf(mode);
   rules.readOnly = readOnly;
-  Bytes header;
-  put(header, mode, flags, command, 1, offset, length);
-  return validateRequest(decodeRequest(header.data(), mode), rules, kSize);
+  return validateRequest(made, rules, kSize).error;
 }
 
-const Register splits[] = {
-    {"parser: every split of a compact stream", [] { everySplit(Mode::Simple); }},
-    {"parser: every split of a structured stream", [] { everySplit(Mode::Structured); }},
-    {"parser: every split of an extended stream", [] { everySplit(Mode::Extended); }},
-};
+constexpr Mode kModes[] = {Mode::Simple, Mode::Structured, Mode::Extended};
 
-const Register ranges("parser: ranges and limits have their error numbers", [] {
-  for (const Mode mode : {Mode::Simple, Mode::Structured, Mode::Extended}) {
-    const uint16_t payload = mode == Mode::Extended ? kFlagPayloadLength : 0;
-    CHECK_EQUAL(judge(mode, 0, kRead, kSize - 1, 1).error, uint32_t{kOk});
-    CHECK_EQUAL(judge(mode, 0, kRead, kSize, 1).error, uint32_t{kEinval});
-    CHECK_EQUAL(judge(mode, 0, kRead, UINT64_MAX, 1).error, uint32_t{kEinval});
-    CHECK_EQUAL(judge(mode, 0, kRead, 0, 0).error, uint32_t{kEinval});
-    CHECK_EQUAL(judge(mode, payload, kWrite, UINT64_MAX - 1, 4).error, uint32_t{kEnospc});
-    CHECK_EQUAL(judge(mode, 0, kWriteZeroes, kSize, 1).error, uint32_t{kEnospc});
-    CHECK_EQUAL(judge(mode, 0, kTrim, kSize, 1).error, uint32_t{kEinval});
-    CHECK_EQUAL(judge(mode, 0, kFlush, 0, 1).error, uint32_t{kEinval});
-    CHECK_EQUAL(judge(mode, 0, kRead, 0, kPayloadMax).error, uint32_t{kOk});
-    CHECK_EQUAL(judge(mode, 0, kRead, 0, kPayloadMax + 1).error, uint32_t{mode == Mode::Simple ? kEinval : kEoverflow});
-    for (const uint16_t command : {kWrite, kTrim, kWriteZeroes}) {
-      const uint16_t flags = command == kWrite ? payload : 0;
-      CHECK_EQUAL(judge(mode, flags, command, 0, 1, true).error, uint32_t{kEperm});
-    }
-    CHECK(!judge(mode, payload, kWrite, 0, kPayloadMax).fatal);
-    CHECK(judge(mode, payload, kWrite, 0, uint64_t{2} * kPayloadMax + 1).fatal);
-    CHECK_EQUAL(judge(mode, payload, kWrite, 0, kPayloadMax + 1).fatal, mode == Mode::Extended);
-  }
-});
-
-const Register flags("parser: flags a command does not know are refused", [] {
-  CHECK_EQUAL(judge(Mode::Simple, kFlagDontFragment, kRead, 0, 1).error, uint32_t{kEinval});
-  CHECK_EQUAL(judge(Mode::Structured, kFlagDontFragment, kRead, 0, 1).error, uint32_t{kOk});
-  CHECK_EQUAL(judge(Mode::Structured, kFlagPayloadLength, kWrite, 0, 1).error, uint32_t{kEinval});
-  CHECK_EQUAL(judge(Mode::Extended, 0, kWrite, 0, 1).error, uint32_t{kEinval});
-  CHECK_EQUAL(judge(Mode::Extended, 0, kWrite, 0, 1).payload, uint64_t{0});
-  CHECK_EQUAL(judge(Mode::Simple, kFlagFastZero, kTrim, 0, 1).error, uint32_t{kEinval});
-  CHECK_EQUAL(judge(Mode::Simple, 0, kBlockStatus, 0, 1).error, uint32_t{kEinval});
-  CHECK_EQUAL(judge(Mode::Structured, kFlagRequestOne, kBlockStatus, 0, 1).error, uint32_t{kOk});
-  for (uint16_t command = 0; command < 8; command++) {
-    if (command == kDisconnect) continue;
-    CHECK_EQUAL(judge(Mode::Structured, 1 << 9, command, 0, command == kFlush ? 0 : 1).error, uint32_t{kEinval});
-  }
-});
-
-const Register garbage("parser: a wrong magic number ends the stream at its fourth byte", [] {
-  for (const Mode mode : {Mode::Simple, Mode::Extended}) {
-    Bytes right;
-    put(right, mode, 0, kRead, 1, 0, 1);
-    for (int bit = 0; bit < 32; bit++) {
-      Bytes wrong(right);
-      wrong[static_cast<size_t>(bit / 8)] ^= static_cast<uint8_t>(1 << (bit % 8));
-      RequestParser parser(rulesOf(mode));
-      for (size_t have = 0; have < 4; have++) {
-        CHECK(parser.next(Bytes(wrong.begin(), wrong.begin() + static_cast<long>(have)).data(), have, kSize) ==
-              RequestParser::Step::NeedMore);
+/// What a parser made of a stream, as text.
+std::string parseAll(Mode mode, const std::vector<uint8_t>& stream, const std::vector<size_t>& cuts) {
+  RequestParser parser(rulesOf(mode));
+  std::vector<uint8_t> held;
+  std::ostringstream out;
+  size_t from = 0;
+  for (size_t part = 0; part <= cuts.size(); part++) {
+    const size_t to = part < cuts.size() ? cuts[part] : stream.size();
+    held.insert(held.end(), stream.begin() + static_cast<long>(from), stream.begin() + static_cast<long>(to));
+    from = to;
+    for (;;) {
+      if (parser.payloadLeft() > 0) {
+        const size_t take = std::min<size_t>(held.size(), parser.payloadLeft());
+        for (size_t i = 0; i < take; i++) out << static_cast<int>(held[i]) << ',';
+        held.erase(held.begin(), held.begin() + static_cast<long>(take));
+        parser.consumed(take);
+        if (parser.payloadLeft() > 0) break;
       }
-      CHECK(parser.next(wrong.data(), 4, kSize) == RequestParser::Step::Ended);
-      CHECK(parser.next(right.data(), right.size(), kSize) == RequestParser::Step::Ended);
+      const RequestParser::Step step = parser.next(held.data(), held.size(), kSize);
+      if (step == RequestParser::Step::NeedMore) break;
+      if (step == RequestParser::Step::Ended) {
+        out << "ended";
+        return out.str();
+      }
+      const Request& r = parser.request();
+      out << '[' << r.command << ' ' << r.flags << ' ' << r.cookie << ' ' << r.offset << ' ' << r.length << " -> "
+          << parser.verdict().error << ' ' << parser.verdict().payload << ']';
+      held.erase(held.begin(), held.begin() + static_cast<long>(parser.headerSize()));
     }
   }
-});
-
-const Register status("parser: the payload of an extended BLOCK_STATUS", [] {
-  const uint32_t contexts[] = {5, 9};
-  uint64_t length = 0, mask = 0;
-  Bytes body(16);
-  put64(body.data(), 777);
-  put32(body.data() + 8, 9);
-  put32(body.data() + 12, 5);
-  CHECK(decodeStatusPayload(body.data(), 16, contexts, 2, &length, &mask));
-  CHECK_EQUAL(length, uint64_t{777});
-  CHECK_EQUAL(mask, uint64_t{3});
-  CHECK(decodeStatusPayload(body.data(), 12, contexts, 2, &length, &mask));
-  CHECK_EQUAL(mask, uint64_t{2});
-  CHECK(!decodeStatusPayload(body.data(), 8, contexts, 2, &length, &mask));
-  CHECK(!decodeStatusPayload(body.data(), 15, contexts, 2, &length, &mask));
-  put32(body.data() + 12, 9);
-  CHECK(!decodeStatusPayload(body.data(), 16, contexts, 2, &length, &mask));  // twice
-  put32(body.data() + 12, 6);
-  CHECK(!decodeStatusPayload(body.data(), 16, contexts, 2, &length, &mask));  // unknown
-  CHECK_EQUAL(judge(Mode::Extended, kFlagPayloadLength, kBlockStatus, 0, 20).error, uint32_t{kEinval});  // three of two
-});
-
-const Register random("parser: random bytes and headers, one second", [] {
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(1);
-  uint64_t requests = 0;
-  for (uint64_t seed = 1; std::chrono::steady_clock::now() < deadline; seed++) {
-    Random random(seed);
-    const Mode mode = static_cast<Mode>(random.below(3));
-    Bytes stream;
-    while (stream.size() < 600) {
-      const size_t start = stream.size();
-      put(stream, mode, static_cast<uint16_t>(random.chance(50) ? 0 : 1u << random.below(8)),
-          static_cast<uint16_t>(random.below(10)), random.next(), random.below(2 * kSize),
-          random.chance(90) ? random.below(64) : random.next() >> random.below(64));
-      if (random.chance(5)) stream[start + random.below(stream.size() - start)] ^= static_cast<uint8_t>(random.next());
-      for (uint64_t left = random.below(64); left > 0; left--) stream.push_back(static_cast<uint8_t>(random.next()));
-      if (random.chance(50)) stream.resize(start + requestSize(mode));
-    }
-    const SessionRules rules = rulesOf(mode);
-    const Outcome whole = feed(stream, rules, {});
-    const size_t first = random.below(stream.size());
-    CHECK(feed(stream, rules, {first, first + random.below(stream.size() - first)}) == whole);
-    requests += whole.seen.size();
-  }
-  CHECK(requests > 100);
-});
+  out << "left " << held.size() << " payload " << parser.payloadLeft();
+  return out.str();
+}
 
 }  // namespace
-}  // namespace nbd::test
+
+TEST("a header is decoded field by field") {
+  for (Mode mode : kModes) {
+    const uint64_t length = mode == Mode::Extended ? 0x123456789abcull : 0x89abcdefull;
+    const auto bytes = encode(mode, kTrim, 0x1234, 0x0102030405060708ull, 0x1112131415161718ull, length);
+    const Request decoded = decodeRequest(bytes.data(), mode);
+    CHECK(requestMagicMatches(bytes.data(), mode));
+    CHECK_EQUAL(decoded.command, kTrim);
+    CHECK_EQUAL(decoded.flags, 0x1234);
+    CHECK_EQUAL(decoded.cookie, 0x0102030405060708ull);
+    CHECK_EQUAL(decoded.offset, 0x1112131415161718ull);
+    CHECK_EQUAL(decoded.length, length);
+  }
+}
+
+TEST("good requests are accepted") {
+  for (Mode mode : kModes) {
+    const uint16_t payload = mode == Mode::Extended ? kFlagPayloadLength : 0;
+    CHECK_EQUAL(errorOf(mode, request(kRead, 0, kSize)), kOk);
+    CHECK_EQUAL(errorOf(mode, request(kRead, kSize - 1, 1, kFlagFua)), kOk);
+    CHECK_EQUAL(errorOf(mode, request(kWrite, 0, kSize, static_cast<uint16_t>(kFlagFua | payload))), kOk);
+    CHECK_EQUAL(errorOf(mode, request(kFlush, 0, 0, kFlagFua)), kOk);
+    CHECK_EQUAL(errorOf(mode, request(kTrim, 512, 512, kFlagFua)), kOk);
+    CHECK_EQUAL(errorOf(mode, request(kCache, 0, kSize)), kOk);
+    CHECK_EQUAL(errorOf(mode, request(kWriteZeroes, 0, kSize, kFlagFua | kFlagNoHole | kFlagFastZero)), kOk);
+    CHECK_EQUAL(errorOf(mode, request(kBlockStatus, 0, 1, kFlagRequestOne)), kOk);
+  }
+  CHECK_EQUAL(errorOf(Mode::Structured, request(kRead, 0, 1, kFlagDontFragment)), kOk);
+}
+
+TEST("each rule of the specification refuses with its error") {
+  for (Mode mode : kModes) {
+    const uint16_t payload = mode == Mode::Extended ? kFlagPayloadLength : 0;
+    CHECK_EQUAL(errorOf(mode, request(8, 0, 1)), kEinval);       // unknown commands
+    CHECK_EQUAL(errorOf(mode, request(0xffff, 0, 1)), kEinval);
+    for (uint16_t command : {kRead, kWrite, kTrim, kCache, kWriteZeroes, kBlockStatus}) {
+      const uint16_t flags = command == kWrite ? payload : 0;
+      const bool filling = command == kWrite || command == kWriteZeroes;
+      const uint32_t outside = filling ? kEnospc : kEinval;
+      CHECK_EQUAL(errorOf(mode, request(command, 0, 0, flags)), kEinval);
+      CHECK_EQUAL(errorOf(mode, request(command, 0, kSize + 1, flags)), outside);
+      CHECK_EQUAL(errorOf(mode, request(command, kSize, 1, flags)), outside);
+      CHECK_EQUAL(errorOf(mode, request(command, ~uint64_t{0}, 2, flags)), outside);  // their sum wraps around
+      CHECK_EQUAL(errorOf(mode, request(command, 0, 1, static_cast<uint16_t>(flags | 0x40))), kEinval);
+    }
+    CHECK_EQUAL(errorOf(mode, request(kFlush, 1, 0)), kEinval);
+    CHECK_EQUAL(errorOf(mode, request(kFlush, 0, 1)), kEinval);
+    CHECK_EQUAL(errorOf(mode, request(kRead, 0, 1, kFlagNoHole)), kEinval);
+    CHECK_EQUAL(errorOf(mode, request(kTrim, 0, 1, kFlagNoHole)), kEinval);
+    CHECK_EQUAL(errorOf(mode, request(kCache, 0, 1, kFlagDontFragment)), kEinval);
+    CHECK_EQUAL(errorOf(mode, request(kWrite, 0, 1, static_cast<uint16_t>(payload | kFlagRequestOne))), kEinval);
+    CHECK_EQUAL(errorOf(mode, request(kWrite, 0, 1, payload), true), kEperm);
+    CHECK_EQUAL(errorOf(mode, request(kTrim, 0, 1), true), kEperm);
+    CHECK_EQUAL(errorOf(mode, request(kWriteZeroes, 0, 1), true), kEperm);
+    CHECK_EQUAL(errorOf(mode, request(kRead, 0, 1), true), kOk);
+    CHECK_EQUAL(errorOf(mode, request(kFlush, 0, 0), true), kOk);
+    SessionRules without = rulesOf(mode);
+    without.contexts = false;
+    CHECK_EQUAL(validateRequest(request(kBlockStatus, 0, 1), without, kSize).error, kEinval);
+  }
+  CHECK_EQUAL(errorOf(Mode::Simple, request(kRead, 0, 1, kFlagDontFragment)), kEinval);
+  CHECK_EQUAL(errorOf(Mode::Extended, request(kWrite, 0, 1)), kEinval);  // a write without a payload
+  CHECK_EQUAL(errorOf(Mode::Extended, request(kRead, 0, 1, kFlagPayloadLength)), kEinval);
+  CHECK_EQUAL(errorOf(Mode::Structured, request(kWrite, 0, 1, kFlagPayloadLength)), kEinval);
+}
+
+TEST("sizes above the payload limit") {
+  const uint64_t large = uint64_t{1} << 40;
+  for (Mode mode : kModes) {
+    const SessionRules rules = rulesOf(mode);
+    const uint16_t payload = mode == Mode::Extended ? kFlagPayloadLength : 0;
+    const uint32_t readError = mode == Mode::Simple ? kEinval : kEoverflow;
+    CHECK_EQUAL(validateRequest(request(kRead, 0, kPayloadMax), rules, large).error, kOk);
+    CHECK_EQUAL(validateRequest(request(kRead, 0, kPayloadMax + 1), rules, large).error, readError);
+    CHECK_EQUAL(validateRequest(request(kTrim, 0, uint64_t{4} << 30), rules, large).error, kOk);
+    CHECK(!validateRequest(request(kWrite, 0, kPayloadMax, payload), rules, large).fatal);
+    const Verdict above = validateRequest(request(kWrite, 0, kPayloadMax + 1, payload), rules, large);
+    CHECK_EQUAL(above.fatal, mode == Mode::Extended);
+    if (!above.fatal) {
+      CHECK_EQUAL(above.error, kEinval);
+      CHECK_EQUAL(above.payload, kPayloadMax + 1);
+    }
+    CHECK(validateRequest(request(kWrite, 0, uint64_t{0xffffffff}, payload), rules, large).fatal);
+  }
+}
+
+TEST("a refused write still has its payload consumed") {
+  SessionRules rules = rulesOf(Mode::Simple);
+  rules.readOnly = true;
+  const Verdict verdict = validateRequest(request(kWrite, 0, 4096), rules, kSize);
+  CHECK_EQUAL(verdict.error, kEperm);
+  CHECK_EQUAL(verdict.payload, 4096u);
+  const Verdict unknown =
+      validateRequest(request(99, 0, 77, kFlagPayloadLength), rulesOf(Mode::Extended), kSize);
+  CHECK_EQUAL(unknown.error, kEinval);
+  CHECK_EQUAL(unknown.payload, 77u);
+}
+
+TEST("the context filter of a block status") {
+  const uint32_t contexts[] = {7, 9};
+  uint8_t payload[8 + 3 * 4];
+  put64(payload, 4096);
+  put32(payload + 8, 9);
+  put32(payload + 12, 7);
+  uint64_t length = 0, mask = 0;
+  CHECK(decodeStatusPayload(payload, 16, contexts, 2, &length, &mask));
+  CHECK_EQUAL(length, 4096u);
+  CHECK_EQUAL(mask, 3u);
+  CHECK(decodeStatusPayload(payload, 12, contexts, 2, &length, &mask));
+  CHECK_EQUAL(mask, 2u);
+  put32(payload + 12, 9);
+  CHECK(!decodeStatusPayload(payload, 16, contexts, 2, &length, &mask));  // twice
+  put32(payload + 12, 8);
+  CHECK(!decodeStatusPayload(payload, 16, contexts, 2, &length, &mask));  // unknown
+  CHECK(!decodeStatusPayload(payload, 8, contexts, 2, &length, &mask));   // none
+  CHECK(!decodeStatusPayload(payload, 13, contexts, 2, &length, &mask));  // a part of one
+  const SessionRules rules = rulesOf(Mode::Extended);
+  CHECK_EQUAL(validateRequest(request(kBlockStatus, 0, 16, kFlagPayloadLength), rules, kSize).error, kOk);
+  for (uint64_t wrong : {0, 8, 11, 13, 20}) {
+    CHECK_EQUAL(validateRequest(request(kBlockStatus, 0, wrong, kFlagPayloadLength), rules, kSize).error, kEinval);
+  }
+}
+
+TEST("garbage ends the stream from its fourth byte on, and for good") {
+  for (Mode mode : kModes) {
+    RequestParser parser(rulesOf(mode));
+    const uint8_t garbage[] = {'G', 'E', 'T', ' ', '/'};
+    CHECK(parser.next(garbage, 3, kSize) == RequestParser::Step::NeedMore);
+    CHECK(parser.next(garbage, 4, kSize) == RequestParser::Step::Ended);
+    const auto good = encode(mode, kRead, 0, 1, 0, 1);
+    CHECK(parser.next(good.data(), good.size(), kSize) == RequestParser::Step::Ended);
+  }
+  RequestParser parser(rulesOf(Mode::Simple));
+  const auto other = encode(Mode::Extended, kRead, 0, 1, 0, 1);
+  CHECK(parser.next(other.data(), other.size(), kSize) == RequestParser::Step::Ended);
+}
+
+TEST("the same requests wherever the stream is cut") {
+  for (Mode mode : kModes) {
+    const uint16_t payloadFlag = mode == Mode::Extended ? kFlagPayloadLength : 0;
+    std::vector<uint8_t> stream;
+    auto add = [&](uint16_t command, uint16_t flags, uint64_t length, size_t payload) {
+      const auto header = encode(mode, command, flags, stream.size(), 512, length);
+      stream.insert(stream.end(), header.begin(), header.end());
+      for (size_t i = 0; i < payload; i++) stream.push_back(static_cast<uint8_t>(i * 7));
+    };
+    add(kRead, 0, 4096, 0);
+    add(kWrite, payloadFlag, 5, 5);
+    add(kWrite, static_cast<uint16_t>(payloadFlag | kFlagNoHole), 3, 3);  // refused, and yet consumed
+    add(kWrite, payloadFlag, 0, 0);                                       // complete at once
+    add(kFlush, 0, 0, 0);
+    if (mode == Mode::Extended) add(kBlockStatus, kFlagPayloadLength, 12, 12);
+    add(kTrim, 0, 1, 0);
+    stream.push_back(0x25);
+    const std::string expected = parseAll(mode, stream, {});
+    for (size_t cut = 0; cut <= stream.size(); cut++) CHECK_EQUAL(parseAll(mode, stream, {cut}), expected);
+    test::Random random(test::seed);
+    for (int round = 0; round < 200; round++) {
+      std::vector<size_t> cuts;
+      for (int i = 0; i < 8; i++) cuts.push_back(random.below(stream.size() + 1));
+      std::sort(cuts.begin(), cuts.end());
+      CHECK_EQUAL(parseAll(mode, stream, cuts), expected);
+    }
+  }
+}

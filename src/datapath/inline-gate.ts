@@ -21,7 +21,7 @@ const slowWeight = 8
 const scoreMax = 16
 const pauseMsMin = 100
 const pauseMsMax = 1600
-const inlineBytesMax = 256 * 1024
+const inlineBytesMaxDefault = 256 * 1024
 
 export class InlineGate {
   #score = 0
@@ -29,14 +29,20 @@ export class InlineGate {
   #pauseMs = pauseMsMin
   #openedMs = 0
 
-  /** @param now a monotonic clock in milliseconds; the tests bring their own */
-  readonly now: () => number
-  constructor(now: () => number = () => performance.now()) {
+  readonly now: () => number // milliseconds
+  readonly #inlineBytesMax: number
+
+  /**
+   * @param inlineBytesMax largest access that may run inline; 0: none, everything takes the thread pool
+   * @param now a monotonic clock in milliseconds; the tests bring their own
+   */
+  constructor(inlineBytesMax = inlineBytesMaxDefault, now: () => number = () => performance.now()) {
+    this.#inlineBytesMax = inlineBytesMax
     this.now = now
   }
 
   allows(bytes: number): boolean {
-    if (bytes > inlineBytesMax) return false
+    if (bytes > this.#inlineBytesMax) return false
     if (this.#closedUntilMs === 0) return true
     const now = this.now()
     if (now < this.#closedUntilMs) return false

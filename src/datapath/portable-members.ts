@@ -40,8 +40,8 @@ export class PortableMembers {
   /** True where slots follow each other on one member. */
   readonly contiguous: boolean
   readonly epochs = new AccessEpochs()
-  readonly readGate = new InlineGate()
-  readonly writeGate = new InlineGate()
+  readonly readGate: InlineGate
+  readonly writeGate: InlineGate
 
   readonly #fds: readonly number[]
   readonly #chunkSize: number
@@ -57,11 +57,14 @@ export class PortableMembers {
   #syncNext: SyncRound | null = null
   #syncFailed: StoreError | null = null
 
-  constructor(layout: StoreLayout) {
+  /** @param inlineBytesMax see InlineGate */
+  constructor(layout: StoreLayout, inlineBytesMax?: number) {
     assert(layout.memberFds.length === layout.dataMembers + layout.parityMembers, 'k + p member descriptors')
     assert(layout.parityMembers === 0, 'parity members are not supported yet')
     this.stripeSize = layout.dataMembers * layout.chunkSize
     this.contiguous = layout.memberFds.length === 1
+    this.readGate = new InlineGate(inlineBytesMax)
+    this.writeGate = new InlineGate(inlineBytesMax)
     this.#fds = layout.memberFds
     this.#chunkSize = layout.chunkSize
     this.#dataOffset = layout.dataOffset

@@ -55,8 +55,12 @@ export class PortableDatapath implements Datapath, ConnectionHost {
   #closed = false
   #zeros: Buffer | null = null
 
-  constructor(layout: StoreLayout, reason: string) {
-    this.members = new PortableMembers(layout)
+  /**
+   * @param reason why this one runs, a sentence for `status`
+   * @param inlineBytesMax largest member access that may run on this thread; 0 sends all to the thread pool
+   */
+  constructor(layout: StoreLayout, reason: string, inlineBytesMax?: number) {
+    this.members = new PortableMembers(layout, inlineBytesMax)
     this.description = { kind: 'portable', engine: 'node', threads: 1, reason }
   }
 

@@ -6,7 +6,7 @@ describe('inline gate', () => {
   let gate: InlineGate
   beforeEach(() => {
     now = 1000
-    gate = new InlineGate(() => now)
+    gate = new InlineGate(undefined, () => now)
   })
 
   function call(ms: number, bytes = 4096): void {
@@ -19,6 +19,7 @@ describe('inline gate', () => {
     expect(gate.allows(4096)).toBe(true)
     expect(gate.allows(256 * 1024)).toBe(true)
     expect(gate.allows(256 * 1024 + 1)).toBe(false)
+    expect(new InlineGate(0).allows(1)).toBe(false)
   })
 
   it('stays open after one slow call among fast ones', () => {

@@ -100,8 +100,11 @@ export class DaemonProcess {
 }
 
 /** A directory that `remove` deletes. */
-export function temporaryDirectory(prefix = 'fullstripe-test-'): { path: string; remove: () => void } {
-  const path = mkdtempSync(join(tmpdir(), prefix))
+export function temporaryDirectory(
+  prefix = 'fullstripe-test-',
+  parent = tmpdir(),
+): { path: string; remove: () => void } {
+  const path = mkdtempSync(join(parent, prefix))
   return { path, remove: () => rmSync(path, { recursive: true, force: true }) }
 }
 

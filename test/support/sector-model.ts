@@ -12,6 +12,25 @@
 export const SECTOR = 512
 const WORDS = SECTOR / 8
 
+let tokens = 0n
+
+/** Different from all others in this process, of whatever volume. */
+export function newToken(): bigint {
+  tokens += 1n
+  return tokens
+}
+
+/** Whole sectors as the writer of `token` fills them; token 0: zeros. */
+export function sectorData(token: bigint, offset: number, length: number): Buffer {
+  const data = Buffer.alloc(length)
+  if (token === 0n) return data
+  for (let at = 0; at < length; at += 16) {
+    data.writeBigUInt64LE(token, at)
+    data.writeBigUInt64LE(BigInt(Math.floor((offset + at) / SECTOR)), at + 8)
+  }
+  return data
+}
+
 interface Operation {
   readonly token: bigint // 0 = zeros
   readonly begin: number // logical time
@@ -30,7 +49,6 @@ export class SectorModel {
   readonly #initial: bigint
   readonly #readsUnderWay = new Set<{ begin: number }>()
   #clock = 0
-  #token = 0n
   /** Sectors that were compared. */
   compared = 0
 
@@ -44,14 +62,8 @@ export class SectorModel {
 
   /** A write of whole sectors that is about to be sent: its bytes, and what to call when it was answered with success. */
   write(offset: number, length: number): { data: Buffer; answered: () => void } {
-    this.#token += 1n
-    const token = this.#token
-    const data = Buffer.alloc(length)
-    for (let at = 0; at < length; at += 16) {
-      data.writeBigUInt64LE(token, at)
-      data.writeBigUInt64LE(BigInt(Math.floor((offset + at) / SECTOR)), at + 8)
-    }
-    return { data, answered: this.#operation(offset, length, token) }
+    const token = newToken()
+    return { data: sectorData(token, offset, length), answered: this.#operation(offset, length, token) }
   }
 
   /** A trim or zeroing that is about to be sent. */
@@ -79,6 +91,22 @@ export class SectorModel {
         return undefined
       },
     }
+  }
+
+  /**
+   * Checks the whole content with nothing under way any more; from now on it is exactly that. For a restart: what was not
+   * answered before has taken effect by now, or never will.
+   * @returns what is wrong, undefined where nothing is
+   */
+  settle(content: Buffer): string | undefined {
+    const problem = this.read(0, this.size).check(content)
+    this.#readsUnderWay.clear()
+    const now = ++this.#clock
+    for (let sector = 0; sector < this.#sectors.length; sector++) {
+      const operation: Operation = { token: content.readBigUInt64LE(sector * SECTOR), begin: now, end: now }
+      this.#sectors[sector] = [{ operation, seen: now }]
+    }
+    return problem
   }
 
   #operation(offset: number, length: number, token: bigint): () => void {

@@ -53,7 +53,6 @@ const Register random("compose: random overlays against a byte model", [] {
       payloads.push_back(std::move(payload));
       overlays.push_back({offset, length, payloads.back().data()});
     }
-    // Vectors that moved keep their memory, but an empty one may have none: then it is a Zero of no length.
     compare(start, end, overlays);
   }
 });

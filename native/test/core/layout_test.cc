@@ -37,11 +37,13 @@ const Register mapping("layout: chunk c of slot s is on member (s + c) mod k at 
         for (const Segment& segment : segments) {
           CHECK(segment.data == memory.data() + (at - offset));
           CHECK(segment.length > 0);
-          for (uint64_t i = 0; i < segment.length; i += (i + 97 < segment.length || i + 1 == segment.length) ? 97 : segment.length - 1 - i) {
+          auto check = [&](uint64_t i) {
             const uint64_t c = (at + i) / chunk;
             CHECK_EQUAL(segment.member, static_cast<uint32_t>((uint64_t{slot} + c) % k));
             CHECK_EQUAL(segment.offset + i, layout.dataOffset + uint64_t{slot} * chunk + (at + i) % chunk);
-          }
+          };
+          for (uint64_t i = 0; i < segment.length; i += 97) check(i);
+          check(segment.length - 1);
           at += segment.length;
         }
         CHECK_EQUAL(at, offset + length);

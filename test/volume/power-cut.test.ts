@@ -1,0 +1,230 @@
+import { closeSync, existsSync, openSync, rmSync, statSync, writeSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { pino } from 'pino'
+import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest'
+import { NbdClient } from '../../src/nbd/client.ts'
+import { checkPool } from '../../src/volume/check.ts'
+import { closeParts, createPool, openPoolParts, Pool } from '../../src/volume/pool.ts'
+import { DaemonProcess, temporaryDirectory } from '../support/daemon.ts'
+import { buildDiskLog, DiskLog, PowerCut, type Survival } from '../support/disk-log.ts'
+import { DurableModel } from '../support/durable-model.ts'
+import { Random } from '../support/random.ts'
+import { newToken, SECTOR } from '../support/sector-model.ts'
+import { ServedPool } from '../support/served-pool.ts'
+import { copyPool, DATAPATHS, readAll } from '../support/volumes.ts'
+
+/**
+ * Power failures under load. A real daemon runs with a note of all it writes and syncs (test/support/disk-log.ts), is killed
+ * and started again under the same kernel, and goes on. Then, for several positions in the note, a pool is built as the disk may
+ * be found after a failure there, in which everything that was never synced is lost, or kept, or kept in part. It has to check
+ * clean and open; what was flushed is there, what was not is as some request left it, and nothing of anybody else's shows,
+ * nor what the disk held before. One of these pools is where the next life begins.
+ *
+ * FULLSTRIPE_TEST_ROUNDS: lives; FULLSTRIPE_TEST_CUTS: failures in each; TEST_SEED repeats loads and choices.
+ */
+const LIVES = Number(process.env['FULLSTRIPE_TEST_ROUNDS'] ?? 2)
+const CUTS = Number(process.env['FULLSTRIPE_TEST_CUTS'] ?? 4)
+const STRIPE = 4096
+const SIZE = 40 * STRIPE + SECTOR
+const LANES = 4 // of each volume, each with a connection of its own
+const VOLUMES = [
+  { name: 'thin', size: SIZE },
+  { name: 'coarse', size: SIZE, formatUnit: 3 },
+  { name: 'thick', size: SIZE, provision: 'thick', formatUnit: 2 },
+] as const
+
+vi.setConfig({ testTimeout: 60_000 + LIVES * (20_000 + CUTS * 5_000) })
+
+describe.each(DATAPATHS)('a power failure under the %s datapath', (datapath) => {
+  const temporary = { path: '', remove: (): void => {} }
+  let daemon: DaemonProcess | undefined
+
+  // What is durable is reckoned, not waited for: memory will do.
+  const parent = existsSync('/dev/shm') ? '/dev/shm' : tmpdir()
+  beforeEach(() => Object.assign(temporary, temporaryDirectory('fullstripe-power-', parent)))
+  afterEach(async () => {
+    await daemon?.stop('SIGKILL')
+    daemon = undefined
+    temporary.remove()
+  })
+
+  it('costs nothing that was flushed, and shows nothing that was not written there', async (context) => {
+    const library = buildDiskLog(temporary.path)
+    if (library === undefined) return context.skip('no C compiler to build the note-taker with')
+    const seed = Number(process.env['TEST_SEED'] ?? Date.now() % 1e9)
+    console.log(`power cut, ${datapath}: seed ${seed}, ${LIVES} lives, ${CUTS} failures in each`)
+    const random = new Random(seed)
+    const directory = join(temporary.path, 'pool')
+    await createPoisoned(directory)
+    const models = new Map(VOLUMES.map(({ name }) => [name, new DurableModel(SIZE, newToken)]))
+
+    for (let life = 0; life < LIVES; life++) {
+      const base = join(temporary.path, `base-${life}`)
+      copyPool(directory, base)
+      const log = new DiskLog(library, temporary.path, `life-${life}`, directory, bootId(life))
+      const restarts: number[] = []
+      for (let run = 0; run < 2; run++) {
+        daemon = await DaemonProcess.start(directory, ['--datapath', datapath], { env: log.env })
+        restarts.push(log.position)
+        for (const [name, model] of models) {
+          const problem = model.restarted(await contentOf(directory, name))
+          expect(problem, `seed ${seed} life ${life} run ${run} ${name}`).toBeUndefined()
+        }
+        await load(directory, log, seed + 100 * life + 10 * run, 100 + random.below(300))
+        await log.kill(daemon.exited)
+        daemon = undefined
+      }
+      await failures(log, base, life, restarts)
+    }
+
+    async function failures(
+      log: DiskLog,
+      base: string,
+      life: number,
+      restarts: readonly number[],
+    ): Promise<void> {
+      const cut = new PowerCut(log, base, directory)
+      const { positions } = cut
+      for (let n = 0; n < CUTS; n++) {
+        // Anywhere; but first right behind the restart, when what the journal brought back has just been stored.
+        const position = n === 0 ? (restarts[1] ?? 0) : (positions[random.below(positions.length)] ?? 0)
+        const target = join(temporary.path, 'cut')
+        const fates = random.pick<readonly Survival[]>([
+          ['none'],
+          ['some'],
+          ['none', 'all'],
+          ['none', 'some', 'all'],
+        ])
+        const lost = cut.build(target, position, random, () => random.pick(fates))
+        const where = `seed ${seed} life ${life} failure ${n} at ${position} (${lost})`
+        const report = await checkPool(target)
+        expect(
+          report.findings.filter(({ severity }) => severity === 'error'),
+          where,
+        ).toEqual([])
+        const contents = await contentsOf(target, where)
+        for (const [name, model] of models) {
+          expect(
+            model.check(contents.get(name) ?? Buffer.alloc(0), position),
+            `${where} ${name}`,
+          ).toBeUndefined()
+        }
+        expect((await checkPool(target)).findings, where).toEqual([])
+        if (n === CUTS - 1 && life < LIVES - 1) {
+          // The next life begins with what this failure left, as it was found: not opened by anybody yet.
+          rmSync(target, { recursive: true })
+          rmSync(directory, { recursive: true })
+          cut.build(directory, position, new Random(seed + life), () => 'some')
+          for (const [name, model] of models) {
+            const content = (await contentsOf(copied(directory), where)).get(name) ?? Buffer.alloc(0)
+            expect(model.check(content, position), `${where} ${name}`).toBeUndefined()
+            model.settle(content)
+          }
+        }
+        rmSync(target, { recursive: true, force: true })
+      }
+    }
+
+    function copied(from: string): string {
+      const to = join(temporary.path, 'copy')
+      rmSync(to, { recursive: true, force: true })
+      copyPool(from, to)
+      return to
+    }
+
+    async function load(pool: string, log: DiskLog, loadSeed: number, ms: number): Promise<void> {
+      const deadline = performance.now() + ms
+      const clients: NbdClient[] = []
+      const lanes: Promise<void>[] = []
+      for (const [name, model] of models) {
+        for (let index = 0; index < LANES; index++) {
+          const client = await NbdClient.connect(`nbd+unix:///${name}?socket=${join(pool, 'nbd.sock')}`)
+          clients.push(client)
+          // Lanes meet in the middle of stripes.
+          const first = Math.floor((SIZE / SECTOR / LANES) * index)
+          const end = Math.floor((SIZE / SECTOR / LANES) * (index + 1))
+          lanes.push(lane(client, model, log, new Random(loadSeed * 31 + lanes.length), first, end, deadline))
+        }
+      }
+      // The last requests are not waited for: the daemon dies with them in flight.
+      const all = Promise.allSettled(lanes)
+      await Promise.race([all, new Promise((resolve) => setTimeout(resolve, ms))])
+      void all.then(() => {
+        for (const client of clients) client.destroy()
+      })
+    }
+  })
+
+  async function contentOf(pool: string, name: string): Promise<Buffer> {
+    const client = await NbdClient.connect(`nbd+unix:///${name}?socket=${join(pool, 'nbd.sock')}`)
+    const content = await readAll(client)
+    await client.close()
+    return content
+  }
+
+  /** Opens the pool under the kernel that runs here, which is none of those that wrote it. */
+  async function contentsOf(pool: string, where: string): Promise<Map<string, Buffer>> {
+    const served = await ServedPool.open(pool, datapath).catch((error: unknown) => {
+      throw new Error(`${where}: ${String(error)}`)
+    })
+    const contents = new Map<string, Buffer>()
+    for (const { name } of VOLUMES) contents.set(name, await readAll(await served.connect(name)))
+    await served.close()
+    return contents
+  }
+})
+
+async function lane(
+  client: NbdClient,
+  model: DurableModel,
+  log: DiskLog,
+  random: Random,
+  first: number,
+  end: number,
+  deadline: number,
+): Promise<void> {
+  while (performance.now() < deadline) {
+    const sector = first + random.below(end - first)
+    const length = Math.min(end - sector, 1 + random.below(random.pick([1, 8, 40]))) * SECTOR
+    const offset = sector * SECTOR
+    const kind = random.below(100)
+    if (kind < 60) {
+      const { data, answered } = model.write(offset, length, log.position)
+      await client.write(data, offset, { durable: kind < 4 })
+      answered(kind < 4 ? log.position : undefined)
+    } else if (kind < 94) {
+      // Mostly everything this lane has, so that whole units are given back.
+      const range =
+        kind < 80 ? { offset: first * SECTOR, length: (end - first) * SECTOR } : { offset, length }
+      const { answered } = model.zero(range.offset, range.length, log.position)
+      if (kind < 88) await client.trim(range)
+      else await client.zero(range)
+      answered()
+    } else {
+      const answered = model.flush()
+      await client.flush()
+      answered(log.position)
+    }
+  }
+}
+
+function bootId(life: number): string {
+  return `00000000-0000-4000-8000-${String(life).padStart(12, '0')}`
+}
+
+/** A pool whose member holds something else's old data wherever nobody has written yet. */
+async function createPoisoned(directory: string): Promise<void> {
+  await createPool(directory, { capacity: (3 * 41 + 10) * STRIPE, chunkSize: STRIPE })
+  const pool = await Pool.open(directory, { datapath: 'portable', log: pino({ level: 'silent' }) })
+  for (const volume of VOLUMES) await pool.createVolume(volume)
+  await pool.close()
+  const parts = await openPoolParts(directory, 'test')
+  const { dataOffset } = parts.geometry
+  await closeParts(parts)
+  const path = join(directory, 'member-0')
+  const poison = Buffer.alloc(statSync(path).size - dataOffset, 0xdd)
+  const fd = openSync(path, 'r+')
+  writeSync(fd, poison, 0, poison.length, dataOffset)
+  closeSync(fd)
+}
