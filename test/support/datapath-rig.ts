@@ -100,7 +100,13 @@ export class Rig {
     this.tables = made.tables
     this.init = made.init
     this.direct = made.direct
-    this.datapath = implementation.open(this.layout)
+    try {
+      this.datapath = implementation.open(this.layout)
+    } catch (error) {
+      for (const fd of memberFds) closeSync(fd)
+      rmSync(this.directory, { recursive: true, force: true })
+      throw error
+    }
     this.policy = new TestPolicy(this)
     this.exportId = this.openExport('contract', this.tables)
     const accept = (socket: Socket): void => {
