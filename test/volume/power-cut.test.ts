@@ -28,6 +28,12 @@ const CUTS = Number(process.env['FULLSTRIPE_TEST_CUTS'] ?? 3)
 const STRIPE = 4096
 const SIZE = 40 * STRIPE + SECTOR
 const LANES = 4 // of each volume, each with a connection of its own
+const FATES: [readonly Survival[], ...(readonly Survival[])[]] = [
+  ['none'],
+  ['some'],
+  ['none', 'all'],
+  ['none', 'some', 'all'],
+]
 const VOLUMES = [
   { name: 'thin', size: SIZE },
   { name: 'coarse', size: SIZE, formatUnit: 3 },
@@ -87,15 +93,11 @@ describe.each(DATAPATHS)('a power failure under the %s datapath', (datapath) => 
       const cut = new PowerCut(log, base, directory)
       const { positions } = cut
       for (let n = 0; n < CUTS; n++) {
-        // Anywhere; but first right behind the restart, when what the journal brought back has just been stored.
+        // Anywhere; but first right behind the restart, when what the journal brought back has just been stored, and
+        // then nothing else survives.
         const position = n === 0 ? (restarts[1] ?? 0) : (positions[random.below(positions.length)] ?? 0)
         const target = join(temporary.path, 'cut')
-        const fates = random.pick<readonly Survival[]>([
-          ['none'],
-          ['some'],
-          ['none', 'all'],
-          ['none', 'some', 'all'],
-        ])
+        const fates = n === 0 ? FATES[0] : random.pick(FATES)
         const lost = cut.build(target, position, random, () => random.pick(fates))
         const where = `seed ${seed} life ${life} failure ${n} at ${position} (${lost})`
         const report = await checkPool(target)
