@@ -86,7 +86,7 @@ bool Connection::blocked() const {
 }
 
 bool Connection::streamCanGoOn() const {
-  return stream_.active && !stream_.waiting && !waitsForMemory_ && out_.empty();
+  return stream_.active && !stream_.waiting && !waitsForMemory_ && !broken_ && out_.empty();
 }
 
 bool Connection::stalled() const { return phase_ == Phase::Header ? blocked() : waitsForMemory_; }
@@ -152,8 +152,8 @@ void Connection::turn() {
     }
   }
   flush();
-  // This flush may have sent what pumpStream could not: then no event says that the stream can go on.
-  if (stream_.active && !stream_.waiting && !waitsForMemory_ && !broken_ && out_.empty()) loop_.touch(this);
+  // This flush may have made room for what stopped above: then no event says that it can go on.
+  if ((state_ == State::Open && wasStalled && !stalled()) || streamCanGoOn()) loop_.touch(this);
   settleInput();
   settle();
   if (requestsInTurn_ == 1) {
