@@ -37,8 +37,7 @@ export function loadTables(source: LoadSource, allocator: SlotAllocator): Loaded
     const table = tables[index]
     if (table === undefined) return
     claimSlots(record, table, allocator)
-    for (let unit = table.init.nextSet(0); unit < table.unitCount; unit = table.init.nextSet(unit + 1))
-      table.setDirect(unit)
+    table.setAllDirect()
   })
   return {
     records,

@@ -142,6 +142,15 @@ export class VolumeTables {
     if (this.#follower !== undefined && unit < this.#follower.unitCount) this.#follower.setDirect(unit)
   }
 
+  /** The same for every formatted unit, as at load: run by run, because there may be millions. */
+  setAllDirect(): void {
+    for (let unit = this.init.nextSet(0); unit < this.unitCount; ) {
+      const end = this.init.nextClear(unit)
+      this.direct.setRange(unit * this.formatUnit, Math.min(end * this.formatUnit, this.stripeCount))
+      unit = this.init.nextSet(end)
+    }
+  }
+
   clearDirect(unit: number): void {
     const { first, count } = this.unitStripes(unit)
     this.direct.clearRange(first, first + count)
