@@ -15,7 +15,7 @@ import { METADATA_VERSION, type PoolRecord, type VolumeRecord } from '../metadat
 import { MetadataStore } from '../metadata/store.ts'
 import { SlotAllocator } from '../stripe/allocator.ts'
 import { createMembers } from '../stripe/create-members.ts'
-import { capacityOf, type Geometry } from '../stripe/geometry.ts'
+import { capacityOf, chunkOffsetOf, type Geometry } from '../stripe/geometry.ts'
 import type { Member } from '../stripe/member.ts'
 import { openMembers } from '../stripe/members.ts'
 import { loadTables } from './load.ts'
@@ -282,7 +282,11 @@ export class Pool {
     })
     this.#reclaimer = new Reclaimer(
       {
-        datapath,
+        datapath: {
+          barrier: () => datapath.barrier(),
+          punch: async (slot, count) =>
+            (await datapath.punch(slot, count)) || this.#punchMembers(slot, count),
+        },
         free: (slot, count, owner) => {
           if (owner === 'thin') this.#allocator.free(slot, count)
           else this.#allocator.unreserve(slot, count)
@@ -527,6 +531,15 @@ export class Pool {
       if (this.#closed) throw new UserError('BUSY', `the pool ${this.directory} is being closed`)
       return action()
     })
+  }
+
+  /** For a datapath that cannot: through the members, a process a call, so only where they are files. */
+  async #punchMembers(slot: number, count: number): Promise<boolean> {
+    const { members, geometry } = this.#parts
+    if (members.some((member) => member.kind !== 'file')) return false
+    const offset = chunkOffsetOf(geometry, slot)
+    const done = await Promise.all(members.map((member) => member.punch(offset, count * geometry.chunkSize)))
+    return done.every((punched) => punched)
   }
 
   *#allTables(): Generator<VolumeTables> {

@@ -1,7 +1,7 @@
 import { spawnSync } from 'node:child_process'
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { mkdtempSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
-import { join } from 'node:path'
+import { join, resolve } from 'node:path'
 import { afterEach, beforeEach, describe, expect, it } from 'vitest'
 import type { NbdClient } from '../../src/nbd/client.ts'
 import { checkPool } from '../../src/volume/check.ts'
@@ -140,6 +140,19 @@ describe.each(DATAPATHS)('volume over %s', (datapath) => {
     await client.zero({ offset: 0, length: 4 * MiB })
     expect(info().stripesFormatted).toBe(0)
     expectSame(await readAll(client), Buffer.alloc(4 * MiB), 'after zeroing all')
+  })
+
+  it('gives the space of trimmed stripes back to the file system', async () => {
+    const client = await start({ size: 16 * MiB })
+    const used = (): number => {
+      const paths = served.pool.info().members.map((each) => resolve(directory, each.path))
+      return paths.reduce((sum, path) => sum + statSync(path).blocks * 512, 0)
+    }
+    await client.write(Buffer.alloc(16 * MiB, 1), 0)
+    await client.flush()
+    expect(used()).toBeGreaterThan(15 * MiB)
+    await client.trim({ offset: 0, length: 16 * MiB })
+    await expect.poll(used, { timeout: 20_000 }).toBeLessThan(2 * MiB)
   })
 
   it('writes zeros out where the fill pattern is not zero, and where the client wants no hole', async () => {
