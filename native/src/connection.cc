@@ -68,6 +68,7 @@ void Connection::attach() {
 void Connection::onEvent(uint32_t events) {
   if ((events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0) readable_ = true;
   if ((events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0) hangupSeen_ = true;
+  if ((events & (EPOLLOUT | EPOLLHUP | EPOLLERR)) != 0) full_ = false;
   // Nothing is read any more while draining: a dead socket shows by its error alone.
   if ((events & (EPOLLHUP | EPOLLERR)) != 0 && state_ != State::Open) cut(reason_);
   loop_.touch(this);
@@ -496,6 +497,11 @@ void Connection::flush() {
     return;
   }
   while (!out_.empty()) {
+    if (full_) {
+      if (state_ != State::Open && deadline_ == 0) deadline_ = Loop::nowMicroseconds() + kLingerMicroseconds;
+      wantWritable(true);
+      return;
+    }
     iovec parts[kSendParts];
     const int count = out_.gather(parts, kSendParts);
     ssize_t sent;
@@ -510,9 +516,8 @@ void Connection::flush() {
     if (sent < 0) {
       if (errno == EINTR) continue;
       if (errno == EAGAIN) {
-        if (state_ != State::Open && deadline_ == 0) deadline_ = Loop::nowMicroseconds() + kLingerMicroseconds;
-        wantWritable(true);
-        return;
+        full_ = true;  // until an event says otherwise
+        continue;
       }
       cut(SessionEnd::Hangup);
       return;

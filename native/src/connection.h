@@ -174,6 +174,7 @@ class Connection {
   bool readable_ = true;
   bool hangupSeen_ = false;     // the socket says so; what it still holds is read first
   bool broken_ = false;         // sending is pointless
+  bool full_ = false;           // the socket takes nothing
   bool writableWanted_ = false;
   bool waitsForMemory_ = false;
   uint64_t deadline_ = 0;       // microseconds; 0 = none

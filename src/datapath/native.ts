@@ -119,7 +119,16 @@ export class NativeDatapath implements Datapath {
         replyBytesQueued: LIMITS.replyBytesQueuedPerConnection,
         statusExtentsMax: LIMITS.blockStatusExtentsMax,
       },
-      () => this.#onWake(),
+      () => {
+        try {
+          this.#onWake()
+        } catch (error) {
+          // An error that leaves this callback is only warned of (Node's DEP0168). Ours is to stop the process.
+          process.nextTick(() => {
+            throw error
+          })
+        }
+      },
     )
     const got = binding.describe(this.#handle)
     const refused = engine === 'auto' && got.engine === 'threads'

@@ -1,6 +1,6 @@
 import { randomUUID } from 'node:crypto'
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, statfsSync } from 'node:fs'
-import { join, resolve } from 'node:path'
+import { dirname, join, resolve } from 'node:path'
 import type { Logger } from 'pino'
 import { messageOf, StoreError, systemCode, UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
@@ -90,6 +90,8 @@ export interface VolumeCreateOptions {
 }
 
 const SPACE_EVENTS_PERCENT = [80, 90, 95]
+/** Bytes that are worth a process to give them back to the file system. */
+const PUNCH_BY_PROCESS_MIN = 1 << 20
 
 const paths = (directory: string) => ({
   lock: join(directory, 'lock'),
@@ -104,7 +106,8 @@ export async function createPool(directory: string, options: PoolCreateOptions =
   const existed = existsSync(at)
   let lock: LockFile
   try {
-    mkdirSync(at, { recursive: true, mode: 0o700 })
+    // Not recursive without need: then a read-only file system would be told of as a missing directory.
+    if (!existed) mkdirSync(at, { recursive: !existsSync(dirname(at)), mode: 0o700 })
     assertEmpty(at) // before the lock file is made in somebody's directory
     lock = acquireLock(files.lock, 'pool create')
   } catch (error) {
@@ -533,10 +536,12 @@ export class Pool {
     })
   }
 
-  /** For a datapath that cannot: through the members, a process a call, so only where they are files. */
+  /** For a datapath that cannot: through the members, a process a call, so only where they are files, and the hole is worth it. */
   async #punchMembers(slot: number, count: number): Promise<boolean> {
     const { members, geometry } = this.#parts
     if (members.some((member) => member.kind !== 'file')) return false
+    // Slots wait for this: thousands of scattered ones would keep a full pool waiting for minutes.
+    if (count * geometry.stripeSize < PUNCH_BY_PROCESS_MIN) return true
     const offset = chunkOffsetOf(geometry, slot)
     const done = await Promise.all(members.map((member) => member.punch(offset, count * geometry.chunkSize)))
     return done.every((punched) => punched)

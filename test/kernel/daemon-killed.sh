@@ -1,37 +1,30 @@
-#!/usr/bin/env bash
 # The daemon is killed (SIGKILL) while fio writes to a mounted file system, and started again: the device waits, then
-# goes on; fio sees no error and reads back what it wrote; the file system is clean, and so is the pool.
-#   daemon-killed.sh DATAPATH [CONNECTIONS...]
-set -euo pipefail
-. "$(dirname "$0")/lib.sh"
+# goes on; fio sees no error and reads back what it wrote; the file system is clean. Sourced by datapath.sh.
 
-datapath=${1:?which datapath: native or portable}
-connections=("${@:2}")
-((${#connections[@]})) || connections=(1 4)
-size=$((512 * 1024 * 1024))
-file_size=$((32 * 1024 * 1024))
+killed_volume_size=$((512 * 1024 * 1024))
+killed_file_size=$((32 * 1024 * 1024))
 writes_before_kill=1000 # of the 8192 that fio makes
 writer=''
 
 written_since() { (($(device_writes) - $1 >= $2)); }
-writer_runs() { kill -0 "$writer" && (($(device_writes) - $1 < file_size / 4096)); }
+writer_runs() { kill -0 "$writer" && (($(device_writes) - $1 < killed_file_size / 4096)); }
 writer_ended() { ! kill -0 "$writer"; }
 writer_ended_well() {
   cat "$work/fio.log"
   ((writer_status == 0))
 }
-file_is_whole() { fio_again first "$file_size"; }
+file_is_whole() { fio_again first "$killed_file_size"; }
 
-scenario() { # CONNECTIONS
+daemon_killed_scenario() { # CONNECTIONS
   local volume=killed-$1 before
   tap_section "$datapath, daemon killed, $1 connection(s)"
-  tap_check 'volume created' fullstripe volume create "$volume" --size "$size"
-  tap_check 'attached' attach_volume "$volume" "$1" "$size"
+  tap_check 'volume created' fullstripe volume create "$volume" --size "$killed_volume_size"
+  tap_check 'attached' attach_volume "$volume" "$1" "$killed_volume_size"
   tap_check 'mkfs' make_fs ext4
   tap_check 'mounted' mount_fs
-  tap_going || return 0
+  tap_going || { let_go && return 0; }
   before=$(device_writes)
-  fio_verify first "$file_size" >"$work/fio.log" 2>&1 </dev/null &
+  fio_verify first "$killed_file_size" >"$work/fio.log" 2>&1 </dev/null &
   writer=$!
   tap_check 'fio writes' wait_until 60 written_since "$before" "$writes_before_kill"
   kill_daemon
@@ -50,27 +43,5 @@ scenario() { # CONNECTIONS
   tap_check 'fio finds every block again' file_is_whole
   tap_check 'unmounted again' unmount_fs
   tap_check 'detached' detach_volume
+  tap_going || let_go
 }
-
-run() {
-  local count
-  tap_section "$datapath, daemon killed"
-  tap_check 'pool created' node dist/cli/main.js pool create "$pool"
-  tap_going || return 0
-  start_daemon "$datapath"
-  tap_check 'the daemon answers' daemon_answers
-  for count in "${connections[@]}"; do
-    tap_going || return 0
-    scenario "$count"
-  done
-  tap_going || return 0
-  tap_section "$datapath, daemon killed, in the end"
-  stop_daemon
-  tap_check 'SIGTERM ended the daemon with 0' daemon_stopped_well
-  tap_check 'check finds the pool clean' node dist/cli/main.js check "$pool"
-}
-
-need_everything
-make_scratch
-run
-tap_end

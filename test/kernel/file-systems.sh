@@ -1,16 +1,8 @@
-#!/usr/bin/env bash
-# A volume as a disk of the running kernel, over one connection and over four, with ext4 and with XFS:
-# file system, verified random writes, trim that gives stripes and disk space back, remount, fsck, a daemon that is
-# stopped and started again with the same content.
-#   file-systems.sh DATAPATH [FILE-SYSTEM:CONNECTIONS...]     default: every combination
-set -euo pipefail
-. "$(dirname "$0")/lib.sh"
+# A volume as a disk of the running kernel: file system, verified random writes, trim that gives stripes and disk space
+# back, remount, fsck; and the same content after the daemon was stopped and started again. Sourced by datapath.sh.
 
-datapath=${1:?which datapath: native or portable}
-scenarios=("${@:2}")
-((${#scenarios[@]})) || scenarios=(ext4:1 xfs:1 xfs:4 ext4:4)
-size=$((512 * 1024 * 1024))
-file_size=$((16 * 1024 * 1024))
+fs_volume_size=$((512 * 1024 * 1024))
+fs_file_size=$((16 * 1024 * 1024))
 
 formatted_bytes() { # VOLUME: as the map says
   fullstripe volume map "$1" --json | jq '[.extents[] | select(.formatted) | .length] | add // 0'
@@ -23,16 +15,16 @@ trim_gives_back() { # VOLUME
   sync -f "$mounted"
   formatted_before=$(formatted_bytes "$1")
   blocks_before=$(pool_blocks)
-  ((formatted_before > file_size)) || return 1
+  ((formatted_before > fs_file_size)) || return 1
   rm "$mounted/first"
   sync -f "$mounted"
   fstrim -v "$mounted"
   formatted_after=$(formatted_bytes "$1")
   echo "formatted: $formatted_before, after the trim $formatted_after; pool on disk: $blocks_before KiB"
   # Most of the file: it shares stripes with others at the ends of its extents, and ext4 goes on initialising itself.
-  ((formatted_after <= formatted_before - file_size * 3 / 4))
+  ((formatted_after <= formatted_before - fs_file_size * 3 / 4))
   # Punching holes follows in the background.
-  wait_until 60 pool_shrank $((blocks_before - file_size * 3 / 4 / 1024))
+  wait_until 60 pool_shrank $((blocks_before - fs_file_size * 3 / 4 / 1024))
 }
 pool_shrank() { (($(pool_blocks) <= $1)); }
 
@@ -44,14 +36,14 @@ keep_files() {
 }
 files_are_kept() { (cd "$mounted/kept" && sha256sum --quiet -c "$work/kept.sums"); }
 
-scenario() { # FILE-SYSTEM CONNECTIONS
+file_system_scenario() { # FILE-SYSTEM CONNECTIONS
   local fs=$1 volume=$1-$2
   tap_section "$datapath, $fs, $2 connection(s)"
-  tap_check 'volume created' fullstripe volume create "$volume" --size "$size"
-  tap_check 'attached' attach_volume "$volume" "$2" "$size"
+  tap_check 'volume created' fullstripe volume create "$volume" --size "$fs_volume_size"
+  tap_check 'attached' attach_volume "$volume" "$2" "$fs_volume_size"
   tap_check 'mkfs' make_fs "$fs"
   tap_check 'mounted' mount_fs
-  tap_check 'random writes, verified' fio_verify first "$file_size"
+  tap_check 'random writes, verified' fio_verify first "$fs_file_size"
   tap_check 'fstrim gives stripes and space back' trim_gives_back "$volume"
   tap_check 'files copied' keep_files
   tap_check 'unmounted' unmount_fs
@@ -72,31 +64,10 @@ after_restart() { # FILE-SYSTEM CONNECTIONS
   tap_check 'check finds the pool clean' node dist/cli/main.js check "$pool"
   start_daemon "$datapath"
   tap_check 'the daemon answers' daemon_answers
-  tap_check 'attached' attach_volume "$volume" "$2" "$size"
+  tap_check 'attached' attach_volume "$volume" "$2" "$fs_volume_size"
   tap_check 'fsck is clean' check_fs "$fs"
   tap_check 'mounted' mount_fs
   tap_check 'files are the same' files_are_kept
   tap_check 'unmounted' unmount_fs
   tap_check 'detached' detach_volume
 }
-
-run() {
-  local one
-  tap_section "$datapath"
-  tap_check 'pool created' node dist/cli/main.js pool create "$pool"
-  tap_going || return 0
-  start_daemon "$datapath"
-  tap_check 'the daemon answers' daemon_answers
-  tap_check 'that datapath runs' datapath_is "$datapath"
-  tap_going || return 0
-  for one in "${scenarios[@]}"; do
-    scenario "${one%:*}" "${one#*:}"
-  done
-  tap_going || return 0
-  after_restart "${one%:*}" "${one#*:}"
-}
-
-need_everything
-make_scratch
-run
-tap_end

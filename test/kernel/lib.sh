@@ -28,7 +28,7 @@ need_everything() {
 
 # ---- scratch ------------------------------------------------------------------------------------------
 make_scratch() {
-  work=$(mktemp -d "${TMPDIR:-/var/tmp}/fullstripe-kernel.XXXXXX")
+  work=$(realpath "$(mktemp -d "${TMPDIR:-/var/tmp}/fullstripe-kernel.XXXXXX")")
   trap clean_up EXIT
   trap 'exit 130' INT TERM HUP
   if [[ ${FULLSTRIPE_TEST_DISK:-} ]]; then
@@ -121,11 +121,14 @@ attach_volume() { # VOLUME CONNECTIONS SIZE
   fullstripe attach "$1" "$device" --connections "$2" --timeout 5 --reconnect 240
   wait_until 20 attached
   [[ $(device_size) == "$3" ]]
-  [[ $(fullstripe volume show "$1" --json | jq .sessions) == "$2" ]]
+  wait_until 20 connections_are "$2"
 }
+# As the kernel lists them: connected sockets of the daemon's address.
+connections_are() { [[ $(awk -v path="$pool/nbd.sock" '$6 == "03" && $8 == path' /proc/net/unix | wc -l) == "$1" ]]; }
 detach_volume() {
   fullstripe detach "$device"
   wait_until 20 detached
+  wait_until 20 connections_are 0
 }
 
 # After a failed scenario: the device is free for the next one.

@@ -100,6 +100,15 @@ interface FileState {
 /** What survives of the writes to one file that were not synced. */
 export type Survival = 'none' | 'all' | 'some'
 
+/** What may become of the files of a pool. Nothing forbids a disk to keep just what was written last. */
+export const FATES: readonly ((path: string, random: Random) => Survival)[] = [
+  () => 'none',
+  () => 'some',
+  (path) => (path.startsWith('member') ? 'none' : 'all'),
+  (path) => (path.startsWith('member') ? 'all' : 'none'),
+  (_, random) => random.pick(['none', 'some', 'all']),
+]
+
 export class PowerCut {
   readonly #root: string
   readonly #base: string
@@ -125,9 +134,12 @@ export class PowerCut {
     }
   }
 
-  /** Positions in the note at which the power may fail. */
-  get positions(): readonly number[] {
-    return this.#records.map(({ end }) => end)
+  /** A position in the note: anywhere, or, as often, where a sync is about to end and everything hangs on it. */
+  position(random: Random): number {
+    const any = this.#records[random.below(this.#records.length)]
+    const next = this.#records.findIndex(({ kind, end }) => kind === KIND.syncEnd && end > (any?.end ?? 0))
+    const chosen = next > 0 && random.below(2) === 0 ? this.#records[next - 1] : any
+    return chosen?.end ?? 0
   }
 
   /** Builds in `target` what may be found after a failure at `position`. @returns what was lost, for messages */

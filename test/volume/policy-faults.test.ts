@@ -111,6 +111,35 @@ describe.each(DATAPATHS)('policy over %s', (datapath) => {
     expectSame(await readAll(client), expected, 'written again')
   })
 
+  it('promises nothing more after a failed sync, and has everything after a restart', async () => {
+    const client = await start({ size: 16 * STRIPE })
+    await client.write(Buffer.alloc(4 * STRIPE, 1), 0)
+    let fails = true
+    mend = failing(served.pool.datapath, 'sync', () => (fails ? broken : undefined))
+    await expect(client.flush()).rejects.toMatchObject({ code: 'MEMBER_IO' })
+    fails = false // the kernel forgets, this daemon does not
+    await expect(client.flush()).rejects.toMatchObject({ code: 'MEMBER_IO' })
+    await expect(client.write(Buffer.alloc(512, 2), 0, { durable: true })).rejects.toMatchObject({
+      code: 'MEMBER_IO',
+    })
+    await expect(client.write(Buffer.alloc(512, 2), 8 * STRIPE)).rejects.toMatchObject({ code: 'MEMBER_IO' }) // it would need a record
+    await expect(client.trim({ offset: 0, length: STRIPE })).rejects.toMatchObject({ code: 'MEMBER_IO' })
+    await client.write(Buffer.alloc(512, 3), STRIPE) // in place: page cache, as ever
+    await expect(served.pool.createVolume({ name: 'w', size: STRIPE })).resolves.toBeDefined()
+    await expect(volume().resize(32 * STRIPE)).rejects.toMatchObject({ code: 'MEMBER_IO' })
+    await expect(served.pool.deleteVolume('w')).rejects.toThrow(/w was not deleted/)
+    expect(served.events.filter(({ kind }) => kind === 'metadata.sync')).toHaveLength(1)
+    await served.close()
+    mend()
+    expect(await checkPool(directory)).toMatchObject({ status: 'clean', volumes: 2 })
+    served = await ServedPool.open(directory, datapath)
+    const expected = Buffer.alloc(16 * STRIPE)
+    expected.fill(1, 0, 4 * STRIPE)
+    expected.fill(2, 0, 512) // refused as not durable; written all the same
+    expected.fill(3, STRIPE, STRIPE + 512)
+    expectSame(await readAll(await served.connect('v')), expected, 'after a restart')
+  })
+
   it('takes any number of trims of scattered stripes at once', async () => {
     const stripe = 4 * KiB
     const stripes = 48_000 // every second one formatted: each is a change of its own, more than a frame of the journal holds

@@ -3,14 +3,15 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { pino } from 'pino'
 import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest'
+import { ApiError, Client } from '../../src/cli/client.ts'
 import { NbdClient } from '../../src/nbd/client.ts'
 import { checkPool } from '../../src/volume/check.ts'
 import { closeParts, createPool, openPoolParts, Pool } from '../../src/volume/pool.ts'
 import { DaemonProcess, temporaryDirectory } from '../support/daemon.ts'
-import { buildDiskLog, DiskLog, PowerCut, type Survival } from '../support/disk-log.ts'
+import { buildDiskLog, DiskLog, FATES, PowerCut } from '../support/disk-log.ts'
 import { DurableModel } from '../support/durable-model.ts'
 import { Random } from '../support/random.ts'
-import { newToken, SECTOR } from '../support/sector-model.ts'
+import { newToken, SECTOR, sectorData } from '../support/sector-model.ts'
 import { ServedPool } from '../support/served-pool.ts'
 import { copyPool, DATAPATHS, readAll } from '../support/volumes.ts'
 
@@ -28,12 +29,6 @@ const CUTS = Number(process.env['FULLSTRIPE_TEST_CUTS'] ?? 3)
 const STRIPE = 4096
 const SIZE = 40 * STRIPE + SECTOR
 const LANES = 4 // of each volume, each with a connection of its own
-const FATES: [readonly Survival[], ...(readonly Survival[])[]] = [
-  ['none'],
-  ['some'],
-  ['none', 'all'],
-  ['none', 'some', 'all'],
-]
 const VOLUMES = [
   { name: 'thin', size: SIZE },
   { name: 'coarse', size: SIZE, formatUnit: 3 },
@@ -91,14 +86,13 @@ describe.each(DATAPATHS)('a power failure under the %s datapath', (datapath) => 
       restarts: readonly number[],
     ): Promise<void> {
       const cut = new PowerCut(log, base, directory)
-      const { positions } = cut
       for (let n = 0; n < CUTS; n++) {
         // Anywhere; but first right behind the restart, when what the journal brought back has just been stored, and
         // then nothing else survives.
-        const position = n === 0 ? (restarts[1] ?? 0) : (positions[random.below(positions.length)] ?? 0)
+        const position = n === 0 ? (restarts[1] ?? 0) : cut.position(random)
         const target = join(temporary.path, 'cut')
-        const fates = n === 0 ? FATES[0] : random.pick(FATES)
-        const lost = cut.build(target, position, random, () => random.pick(fates))
+        const fate = n === 0 ? FATES[0] : random.pick(FATES)
+        const lost = cut.build(target, position, random, (path) => fate?.(path, random) ?? 'none')
         const where = `seed ${seed} life ${life} failure ${n} at ${position} (${lost})`
         const report = await checkPool(target)
         expect(
@@ -149,10 +143,17 @@ describe.each(DATAPATHS)('a power failure under the %s datapath', (datapath) => 
           lanes.push(lane(client, model, log, new Random(loadSeed * 31 + lanes.length), first, end, deadline))
         }
       }
+      lanes.push(administer(pool, () => performance.now() < deadline))
       // The last requests are not waited for: the daemon dies with them in flight.
-      const all = Promise.allSettled(lanes)
-      await Promise.race([all, new Promise((resolve) => setTimeout(resolve, ms))])
-      void all.then(() => {
+      let over = false
+      const problems: unknown[] = []
+      const all = lanes.map((each) =>
+        each.catch((error: unknown) => (over ? undefined : problems.push(error))),
+      )
+      await Promise.race([Promise.all(all), new Promise((resolve) => setTimeout(resolve, ms))])
+      over = true
+      expect(problems, `seed ${seed}`).toEqual([])
+      void Promise.all(all).then(() => {
         for (const client of clients) client.destroy()
       })
     }
@@ -211,13 +212,28 @@ async function lane(
   }
 }
 
+/** Volumes that come and go take slots, give them back, and make the daemon store everything at once. */
+async function administer(pool: string, running: () => boolean): Promise<void> {
+  const control = new Client(pool)
+  await control.delete('/v1/volumes/guest?force=true').catch((error: unknown) => {
+    if (!(error instanceof ApiError && error.code === 'NOT_FOUND')) throw error
+  })
+  while (running()) {
+    await control.post('/v1/volumes', { name: 'guest', size: 8 * STRIPE })
+    const guest = await NbdClient.connect(`nbd+unix:///guest?socket=${join(pool, 'nbd.sock')}`)
+    await guest.write(sectorData(newToken(), 0, 8 * STRIPE), 0)
+    await guest.close()
+    await control.delete('/v1/volumes/guest?force=true')
+  }
+}
+
 function bootId(life: number): string {
   return `00000000-0000-4000-8000-${String(life).padStart(12, '0')}`
 }
 
 /** A pool whose member holds something else's old data wherever nobody has written yet. */
 async function createPoisoned(directory: string): Promise<void> {
-  await createPool(directory, { capacity: (3 * 41 + 10) * STRIPE, chunkSize: STRIPE })
+  await createPool(directory, { capacity: (3 * 41 + 20) * STRIPE, chunkSize: STRIPE })
   const pool = await Pool.open(directory, { datapath: 'portable', log: pino({ level: 'silent' }) })
   for (const volume of VOLUMES) await pool.createVolume(volume)
   await pool.close()
