@@ -46,6 +46,7 @@ Connection::Connection(Loop& loop, Export& target, SessionOptions options)
 Connection::~Connection() {
   NBD_ASSERT(inFlight_ == 0);
   if (fd_ >= 0) ::close(fd_);
+  if (wide_) loop_.shared().wideSockets.fetch_sub(1, std::memory_order_relaxed);
   if (input_ != nullptr) loop_.chunks().give(input_);
   if (payload_ != nullptr) payload_->release();
 }
@@ -523,6 +524,9 @@ void Connection::flush() {
       return;
     }
     deadline_ = 0;  // it moves
+    size_t wanted = 0;
+    for (int i = 0; i < count; i++) wanted += parts[i].iov_len;
+    full_ = static_cast<size_t>(sent) < wanted;  // and an event comes when it takes more
     out_.drop(static_cast<size_t>(sent));
     replyBytesSince_ += static_cast<size_t>(sent);
   }

@@ -146,6 +146,7 @@ class Connection {
     bool first, last;         // of the request
   };
   void executeRead(const Request& request);
+  void widen();
   bool retryRead();
   bool readLater(const Request& request, const Part& part, bool stream);
   size_t planBound(const Request& request, uint64_t length) const;
@@ -176,6 +177,8 @@ class Connection {
   bool broken_ = false;         // sending is pointless
   bool full_ = false;           // the socket takes nothing
   bool writableWanted_ = false;
+  bool widenTried_ = false;
+  bool wide_ = false;  // its buffer in the kernel is counted
   bool waitsForMemory_ = false;
   uint64_t deadline_ = 0;       // microseconds; 0 = none
 

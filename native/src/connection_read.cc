@@ -3,6 +3,8 @@
 //
 // Each piece is read at once where the data is cached; otherwise the piece is prepared again in a chunk of its own, which
 // an engine fills. Slots are looked up when the access begins, and the access counts in an epoch until it ends.
+#include <sys/socket.h>
+
 #include <algorithm>
 #include <cstring>
 
@@ -17,6 +19,9 @@ namespace {
 constexpr uint64_t kReadWholeMax = 2 << 20;
 constexpr uint64_t kStreamPiece = 512 * 1024;
 constexpr int kStreamPieces = 8;  // in one turn
+constexpr uint64_t kLargeReply = 256 * 1024;
+constexpr int kLargeReplyRoom = 1 << 20;  // the kernel doubles it, for what it keeps beside the bytes
+constexpr uint32_t kWideSocketsMax = 128;
 constexpr size_t kHoleSize = kExtendedReplySize + 8 + 4;
 
 }  // namespace
@@ -125,6 +130,7 @@ Connection::Plan Connection::planChunks(uint8_t* at, const Request& request, con
 void Connection::executeRead(const Request& request) {
   counters().reads.add(1);
   counters().readBytes.add(request.length);
+  if (request.length >= kLargeReply) widen();
   if (request.length > kReadWholeMax) {
     startStream(request);
     return;
@@ -149,6 +155,24 @@ void Connection::executeRead(const Request& request) {
       if (!readLater(request, part, false)) phase_ = Phase::ReadWait;
       return;
   }
+}
+
+/// A local socket takes some 200 KiB by default: several sleeps and wake-ups for each large reply. TCP finds its size
+/// alone. Bounded, since what a socket holds is the kernel's memory for as long as the client does not read.
+void Connection::widen() {
+  if (widenTried_) return;
+  widenTried_ = true;
+  int domain = 0;
+  socklen_t size = sizeof domain;
+  if (getsockopt(fd_, SOL_SOCKET, SO_DOMAIN, &domain, &size) != 0 || domain != AF_UNIX) return;
+  std::atomic<uint32_t>& count = loop_.shared().wideSockets;
+  if (count.fetch_add(1, std::memory_order_relaxed) >= kWideSocketsMax) {
+    count.fetch_sub(1, std::memory_order_relaxed);
+    return;
+  }
+  wide_ = true;
+  // As much of it as the system allows (net.core.wmem_max).
+  setsockopt(fd_, SOL_SOCKET, SO_SNDBUF, &kLargeReplyRoom, sizeof kLargeReplyRoom);
 }
 
 bool Connection::retryRead() {

@@ -18,6 +18,20 @@ namespace {
 
 constexpr size_t kVectorPartsMax = 1024;  // IOV_MAX
 
+/// `bytes` of the parts are done.
+void advance(iovec** parts, size_t* count, size_t bytes) {
+  while (bytes > 0) {
+    iovec& part = **parts;
+    const size_t step = std::min(bytes, part.iov_len);
+    part.iov_base = static_cast<uint8_t*>(part.iov_base) + step;
+    part.iov_len -= step;
+    bytes -= step;
+    if (part.iov_len > 0) return;
+    (*parts)++;
+    (*count)--;
+  }
+}
+
 }  // namespace
 
 void probeMembers(Layout& layout) {
@@ -70,30 +84,69 @@ void mapRange(const Layout& layout, uint32_t slot, uint64_t stripeOffset, uint8_
   }
 }
 
-MemberIo::ReadResult MemberIo::readCached(const Segments& segments, IoError* error) {
+/// Segments that follow each other on a member become one vector: one call for it. `each` says whether to go on.
+template <typename Each>
+void MemberIo::gather(const Segments& segments, Each each) {
+  bool goesOn = true;
+  auto pass = [&](uint32_t member) {
+    if (goesOn) goesOn = each(member, vectors_[member]);
+    vectors_[member].parts.clear();
+  };
   for (const Segment& segment : segments) {
-    const Member& member = layout_.members[segment.member];
-    if (!member.nowait && !member.inMemory) return ReadResult::WouldBlock;
-    const int flags = member.nowait ? RWF_NOWAIT : 0;
-    uint64_t done = 0;
-    while (done < segment.length) {
-      iovec part{segment.data + done, segment.length - done};
-      const ssize_t got = preadv2(member.fd, &part, 1, static_cast<off_t>(segment.offset + done), flags);
-      if (got > 0) {
-        done += static_cast<uint64_t>(got);
-      } else if (got == 0) {
-        memset(segment.data + done, 0, segment.length - done);
-        break;
-      } else if (errno == EAGAIN) {
-        return ReadResult::WouldBlock;
-      } else if (errno != EINTR) {
-        *error = {errno, segment.member, segment.offset + done};
-        return ReadResult::Failed;
-      }
+    Vector& vector = vectors_[segment.member];
+    const bool joins = !vector.parts.empty() && vector.offset + vector.length == segment.offset &&
+                       vector.parts.size() < kVectorPartsMax;
+    if (!joins) {
+      if (!vector.parts.empty()) pass(segment.member);
+      if (!goesOn) break;
+      vector.offset = segment.offset;
+      vector.length = 0;
     }
-    counters_[segment.member].reads.add(1);
-    counters_[segment.member].readBytes.add(segment.length);
+    vector.parts.push_back({segment.data, segment.length});
+    vector.length += segment.length;
   }
+  for (uint32_t member = 0; member < layout_.members.size(); member++) {
+    if (!vectors_[member].parts.empty()) pass(member);
+  }
+}
+
+MemberIo::ReadResult MemberIo::readCached(const Segments& segments, IoError* error) {
+  if (segments.size() == 1) {
+    const Segment& segment = segments[0];
+    iovec part{segment.data, segment.length};
+    return readCachedParts(segment.member, segment.offset, &part, 1, segment.length, error);
+  }
+  ReadResult result = ReadResult::Done;
+  gather(segments, [&](uint32_t member, Vector& vector) {
+    result = readCachedParts(member, vector.offset, vector.parts.data(), vector.parts.size(), vector.length, error);
+    return result == ReadResult::Done;
+  });
+  return result;
+}
+
+MemberIo::ReadResult MemberIo::readCachedParts(uint32_t index, uint64_t offset, iovec* parts, size_t count,
+                                               uint64_t length, IoError* error) {
+  const Member& member = layout_.members[index];
+  if (!member.nowait && !member.inMemory) return ReadResult::WouldBlock;
+  const int flags = member.nowait ? RWF_NOWAIT : 0;
+  const uint64_t end = offset + length;
+  while (offset < end) {
+    const ssize_t got = preadv2(member.fd, parts, static_cast<int>(count), static_cast<off_t>(offset), flags);
+    if (got > 0) {
+      offset += static_cast<uint64_t>(got);
+      advance(&parts, &count, static_cast<size_t>(got));
+    } else if (got == 0) {
+      for (; count > 0; parts++, count--) memset(parts->iov_base, 0, parts->iov_len);
+      break;
+    } else if (errno == EAGAIN) {
+      return ReadResult::WouldBlock;
+    } else if (errno != EINTR) {
+      *error = {errno, index, offset};
+      return ReadResult::Failed;
+    }
+  }
+  counters_[index].reads.add(1);
+  counters_[index].readBytes.add(length);
   return ReadResult::Done;
 }
 
@@ -139,59 +192,30 @@ bool MemberIo::writeOne(const Segment& segment, IoError* error) {
 bool MemberIo::writeVector(uint32_t member, Vector& vector, IoError* error) {
   uint64_t offset = vector.offset;
   const uint64_t end = vector.offset + vector.length;
-  iovec* part = vector.parts.data();
-  iovec* const partsEnd = part + vector.parts.size();
+  iovec* parts = vector.parts.data();
+  size_t count = vector.parts.size();
   while (offset < end) {
-    const ssize_t put =
-        pwritev(layout_.members[member].fd, part, static_cast<int>(partsEnd - part), static_cast<off_t>(offset));
+    const ssize_t put = pwritev(layout_.members[member].fd, parts, static_cast<int>(count), static_cast<off_t>(offset));
     if (put <= 0) {
       if (put < 0 && errno == EINTR) continue;
       *error = {put == 0 ? EIO : errno, member, offset};
-      vector.parts.clear();
       return false;
     }
     offset += static_cast<uint64_t>(put);
-    for (size_t left = static_cast<size_t>(put); left > 0;) {
-      const size_t step = std::min(left, part->iov_len);
-      part->iov_base = static_cast<uint8_t*>(part->iov_base) + step;
-      part->iov_len -= step;
-      left -= step;
-      if (part->iov_len == 0) part++;
-    }
+    advance(&parts, &count, static_cast<size_t>(put));
   }
   counters_[member].writes.add(1);
   counters_[member].writeBytes.add(vector.length);
-  vector.parts.clear();
   return true;
 }
 
 bool MemberIo::write(const Segments& segments, IoError* error) {
   if (segments.size() == 1) return writeOne(segments[0], error);
   bool ok = true;
-  for (const Segment& segment : segments) {
-    Vector& vector = vectors_[segment.member];
-    const bool joins = !vector.parts.empty() && vector.offset + vector.length == segment.offset &&
-                       vector.parts.size() < kVectorPartsMax;
-    if (!joins) {
-      if (!vector.parts.empty() && !writeVector(segment.member, vector, error)) {
-        ok = false;
-        break;
-      }
-      vector.offset = segment.offset;
-      vector.length = 0;
-    }
-    vector.parts.push_back({segment.data, segment.length});
-    vector.length += segment.length;
-  }
-  for (uint32_t member = 0; member < layout_.members.size(); member++) {
-    Vector& vector = vectors_[member];
-    if (vector.parts.empty()) continue;
-    if (!ok) {
-      vector.parts.clear();
-    } else {
-      ok = writeVector(member, vector, error);
-    }
-  }
+  gather(segments, [&](uint32_t member, Vector& vector) {
+    ok = writeVector(member, vector, error);
+    return ok;
+  });
   return ok;
 }
 

@@ -82,6 +82,10 @@ class MemberIo {
     std::vector<iovec> parts;
   };
 
+  template <typename Each>
+  void gather(const Segments& segments, Each each);
+  ReadResult readCachedParts(uint32_t member, uint64_t offset, iovec* parts, size_t count, uint64_t length,
+                             IoError* error);
   bool writeVector(uint32_t member, Vector& vector, IoError* error);
   bool writeOne(const Segment& segment, IoError* error);
 

@@ -113,6 +113,7 @@ struct Shared {
   std::unique_ptr<WorkPool> writing;  // full-stripe writes and parts: bound by the page cache
   std::atomic<uint64_t> payloadInFlight{0};
   std::atomic<uint64_t> memoryWaiters{0};  // one bit an I/O thread
+  std::atomic<uint32_t> wideSockets{0};    // connections whose socket has a large buffer
 
   void pass(Barrier* barrier);
 };
