@@ -2,7 +2,8 @@
  * The daemon in the foreground, as one process.
  *
  * The first SIGTERM, SIGINT or SIGHUP stops it in order (exit 0); the second one at once (exit 1), which loses
- * nothing that was flushed. Handlers are installed before anything else, because as process 1 of a container the
+ * nothing that was flushed. One that is repeated immediately is still the first: a terminal sends it to all programs in the
+ * foreground, and npm, one of them, passes it on. Handlers are installed before anything else, because as process 1 of a container the
  * daemon gets no default ones. An error nobody handled is our own bug: it is logged and the process ends.
  */
 import type { pino } from 'pino'
@@ -18,6 +19,8 @@ import type { Cli } from './cli.ts'
 const STOP_SIGNALS = ['SIGTERM', 'SIGINT', 'SIGHUP'] as const
 /** A stopped daemon has nothing left to wait for; this is for a leak nobody knows of. */
 const EXIT_MS_MAX = 5_000
+/** A person is slower than this. */
+const REPEATED_MS = 300
 
 /** Resolves when the daemon was told to stop and has stopped. */
 export async function runDaemon(config: DaemonConfig, cli: Cli): Promise<void> {
@@ -59,11 +62,16 @@ async function stop(daemon: Daemon, log: pino.Logger): Promise<void> {
 /** Resolves with the first stop signal; the second one ends the process. */
 function stopSignal(log: pino.Logger): Promise<NodeJS.Signals> {
   return new Promise((resolve) => {
-    let count = 0
+    let first: { readonly name: NodeJS.Signals; readonly at: number } | undefined
     for (const name of STOP_SIGNALS) {
       process.on(name, () => {
-        count++
-        if (count === 1) return resolve(name)
+        const at = performance.now()
+        if (first === undefined) {
+          first = { name, at }
+          resolve(name)
+          return
+        }
+        if (name === first.name && at - first.at < REPEATED_MS) return
         log.fatal({ signal: name }, 'second signal: stopping at once')
         process.exit(1)
       })

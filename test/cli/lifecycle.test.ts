@@ -116,6 +116,14 @@ describe('a daemon process', () => {
     expect(daemon.stderr).toContain('second signal: stopping at once')
   })
 
+  it('takes a signal that comes twice from one key for one', async () => {
+    const daemon = await DaemonProcess.start(pool, options)
+    daemon.signal('SIGINT')
+    while (!daemon.stderr.includes('a second signal')) await new Promise(setImmediate)
+    daemon.signal('SIGINT')
+    expect(await within(daemon.exited, 'the daemon ends', SLOW)).toEqual({ code: 0, signal: null })
+  })
+
   it('serves a pool whose path is longer than a socket address', async () => {
     const deep = join(directory.path, 'd'.repeat(60), 'e'.repeat(60), 'pool')
     await fullstripe(['pool', 'create', deep])
