@@ -41,6 +41,9 @@ Connection::Connection(Loop& loop, Export& target, SessionOptions options)
       out_(loop.chunks()),
       held_(loop.chunks()) {
   NBD_ASSERT(contexts_.size() <= 64);
+  int domain = 0;
+  socklen_t size = sizeof domain;
+  local_ = getsockopt(fd_, SOL_SOCKET, SO_DOMAIN, &domain, &size) == 0 && domain == AF_UNIX;
 }
 
 Connection::~Connection() {
@@ -168,7 +171,8 @@ void Connection::turn() {
 }
 
 uint64_t Connection::backlog(uint64_t now) {
-  if (state_ != State::Open || requestsSince_ == 0) return 0;
+  // Only of a local socket is it known what the client has read: of TCP, what it has acknowledged.
+  if (!local_ || state_ != State::Open || requestsSince_ == 0) return 0;
   // While it has replies to take, its next requests come as fast as it takes them.
   const uint64_t gap = (now - backlogFrom_) / requestsSince_;
   const uint64_t replySize = replyBytesSince_ / requestsSince_ + kSocketOverhead;

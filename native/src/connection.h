@@ -177,6 +177,7 @@ class Connection {
   bool broken_ = false;         // sending is pointless
   bool full_ = false;           // the socket takes nothing
   bool writableWanted_ = false;
+  bool local_ = false;  // a unix socket
   bool widenTried_ = false;
   bool wide_ = false;  // its buffer in the kernel is counted
   bool waitsForMemory_ = false;

@@ -162,9 +162,7 @@ void Connection::executeRead(const Request& request) {
 void Connection::widen() {
   if (widenTried_) return;
   widenTried_ = true;
-  int domain = 0;
-  socklen_t size = sizeof domain;
-  if (getsockopt(fd_, SOL_SOCKET, SO_DOMAIN, &domain, &size) != 0 || domain != AF_UNIX) return;
+  if (!local_) return;
   std::atomic<uint32_t>& count = loop_.shared().wideSockets;
   if (count.fetch_add(1, std::memory_order_relaxed) >= kWideSocketsMax) {
     count.fetch_sub(1, std::memory_order_relaxed);
