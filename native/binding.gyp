@@ -9,6 +9,7 @@
         "src/connection.cc",
         "src/connection_read.cc",
         "src/connection_write.cc",
+        "src/crc32c.cc",
         "src/datapath.cc",
         "src/glue.cc",
         "src/layout.cc",

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "connection.h"
+#include "crc32c.h"
 #include "datapath.h"
 
 namespace {
@@ -241,6 +242,24 @@ Napi::Value stop(const Napi::CallbackInfo& info) {
   return info.Env().Undefined();
 }
 
+/// (bytes, before): the CRC-32C. Called once a frame of the link, so it takes the shortest way through the interface.
+napi_value checksum(napi_env env, napi_callback_info info) {
+  size_t count = 2;
+  napi_value arguments[2];
+  void* bytes = nullptr;
+  size_t length = 0;
+  uint32_t before = 0;
+  napi_value result = nullptr;
+  if (napi_get_cb_info(env, info, &count, arguments, nullptr, nullptr) != napi_ok || count < 2 ||
+      napi_get_buffer_info(env, arguments[0], &bytes, &length) != napi_ok ||
+      napi_get_value_uint32(env, arguments[1], &before) != napi_ok) {
+    napi_throw_type_error(env, nullptr, "node-nbd: crc32c takes a buffer and a number");
+    return nullptr;
+  }
+  napi_create_uint32(env, nbd::crc32c(before, bytes, length), &result);
+  return result;
+}
+
 Napi::Object initialise(Napi::Env env, Napi::Object exports) {
   exports.Set("version", Napi::Number::New(env, kBindingVersion));
   exports.Set("open", Napi::Function::New(env, open));
@@ -255,6 +274,10 @@ Napi::Object initialise(Napi::Env env, Napi::Object exports) {
   exports.Set("exportCounters", Napi::Function::New(env, exportCounters));
   exports.Set("memberCounters", Napi::Function::New(env, memberCounters));
   exports.Set("stop", Napi::Function::New(env, stop));
+  napi_value crc32c = nullptr;
+  if (napi_create_function(env, "crc32c", NAPI_AUTO_LENGTH, checksum, nullptr, &crc32c) == napi_ok) {
+    exports.Set("crc32c", crc32c);
+  }
   return exports;
 }
 

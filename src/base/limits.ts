@@ -41,6 +41,8 @@ export const LIMITS = {
   requestsInFlightPerConnection: 256,
   payloadInFlightPerConnection: 64 * MiB,
   payloadInFlightTotal: 256 * MiB,
+  /** A connection that holds nothing may always have this much, whatever the others hold: nobody is shut out. */
+  payloadAlwaysPerConnection: 64 * KiB,
   /** Extents in one block-status reply. */
   blockStatusExtentsMax: 64 * KiB,
   replyBytesQueuedPerConnection: 64 * MiB,
@@ -49,11 +51,59 @@ export const LIMITS = {
   journalFileBytes: 8 * MiB,
   /** Metadata not yet in LMDB is committed at least this often. */
   checkpointMsMax: 5_000,
+  /** Intents: the part of a volume that is announced as a whole before it is changed; whole format units, so more where those are. */
+  intentRegionBytes: 1 * MiB,
+  intentRegionBytesMin: 4 * KiB,
+  intentRegionBytesMax: 1024 * MiB,
+  /** Intents: regions of a pool that may be announced at a time. Twice the regions: half the announcements, twice the suspects. */
+  hotRegionsMax: 4096,
+  hotRegionsLimit: 2 ** 20,
+  /** Intents: a region that nobody writes to for once to twice this long is no longer announced. */
+  hotRegionCoolMs: 5_000,
   /** How long a first write may wait for its neighbours, so that a sequential fill writes each stripe once. */
   mergeHoldMs: 2,
   drainMsMax: 30_000,
   /** A session that is being closed and takes none of its replies for this long is cut off. */
   closeLingerMsMax: 2_000,
+
+  /** Link: the payload of one frame between two daemons; whoever has more cuts it. Some room beyond 1 MiB of data for what describes it. */
+  linkPayloadMax: 1 * MiB + 16 * KiB,
+  /** Link: the payload of a frame of the handshake, from a peer that has proved nothing yet. */
+  linkHandshakePayloadMax: 8 * KiB,
+  /** Link: the payload of a frame that opens or closes something. */
+  linkControlPayloadMax: 64 * KiB,
+  /** Link: bytes on their way in one connection that the peer has not acknowledged. More pays on long fat lines only. */
+  linkConnectionWindow: 8 * MiB,
+  linkConnectionWindowMax: 256 * MiB,
+  /** Link: bytes sent on one channel that the peer's side of it has not consumed; what a receiver may have to keep. */
+  linkChannelWindow: 4 * MiB,
+  /** Link: the windows of all channels that a peer may open in one session, together. */
+  linkSessionWindowMax: 64 * MiB,
+  linkChannelsPerSession: 64,
+  linkChannelNameBytesMax: 64,
+  /** Link: sends and requests of one channel that wait for its window; whoever goes on without waiting gets an error. */
+  linkSendsWaitingMax: 1024,
+  /** Link: requests of one channel that the peer has not replied to. */
+  linkRequestsPerChannel: 4096,
+  /** Link: bulk data given to a connection that the system has not taken yet; urgent frames wait behind it. */
+  linkBulkQueuedMax: 256 * KiB,
+  linkConnectionsPerSessionMax: 16,
+  linkSessionsMax: 256,
+  /** Link: connections that are still in the handshake. */
+  linkHandshakesMax: 256,
+  linkPeersMax: 1024,
+  linkCapabilitiesMax: 64,
+  /** Link: a connection on which nothing arrives for this long is lost; the peers speak at least four times as often. */
+  linkSilenceMs: 6_000,
+  /** Link: how long goodbyes may take. */
+  linkCloseMsMax: 2_000,
+  /** Link: delays between attempts to connect; the first is about the least, each is about twice the one before. */
+  linkRetryMsMin: 100,
+  linkRetryMsMax: 30_000,
+  /** Link: a refusal that only an operator can settle is not asked again before. */
+  linkRefusedRetryMs: 60_000,
+  /** Link: a session that lasted this long makes the next delay the least again. */
+  linkStableMs: 10_000,
 
   /** Control API: requests are small; a stream of events or a big map is read in pages. */
   apiBodyBytesMax: 64 * KiB,
@@ -62,6 +112,8 @@ export const LIMITS = {
   densityCellsMax: 64 * KiB,
   /** Events kept in memory; a reader that falls further behind is told how many it missed. */
   eventsKept: 1000,
+  /** Failures of one kind of one volume are told once in this time. */
+  troubleEventMs: 10_000,
   /** Members are looked after this often, whether or not somebody uses them. */
   memberProbeMs: 5_000,
   datapathThreadsMax: 64,
@@ -73,3 +125,9 @@ assert(LIMITS.stripeSizeMax >= LIMITS.chunkSizeMax)
 assert(LIMITS.payloadInFlightPerConnection >= 2 * LIMITS.requestPayloadMax)
 assert(LIMITS.payloadInFlightTotal >= LIMITS.payloadInFlightPerConnection)
 assert(LIMITS.formatUnitBytesMax >= LIMITS.stripeSizeMax)
+assert(LIMITS.hotRegionsMax <= LIMITS.hotRegionsLimit)
+// A frame has to fit while a part of the window has not been acknowledged yet (link/window.ts).
+assert(LIMITS.linkConnectionWindow >= 4 * LIMITS.linkPayloadMax)
+assert(LIMITS.linkChannelWindow >= 2 * LIMITS.linkPayloadMax)
+assert(LIMITS.linkSessionWindowMax >= LIMITS.linkChannelWindow)
+assert(LIMITS.linkConnectionWindowMax < 2 ** 31) // windows are counted modulo 2^32

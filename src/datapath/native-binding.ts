@@ -1,4 +1,4 @@
-import { createRequire } from 'node:module'
+import { loadAddon } from '../base/addon.ts'
 import { messageOf } from '../base/errors.ts'
 
 /**
@@ -101,7 +101,6 @@ export const EXPORT_COUNTERS = 11
 export const MEMBER_COUNTERS = 5
 
 const bindingVersion = 1
-const bindingPath = '../../native/build/Release/node_nbd.node' // the same from src/datapath and dist/datapath
 
 export type NativeLoad =
   | { readonly ok: true; readonly binding: Binding }
@@ -110,15 +109,15 @@ export type NativeLoad =
 let loaded: NativeLoad | undefined
 
 /** Loads the addon once; says why where it cannot. */
-export function loadNative(path = bindingPath): NativeLoad {
-  if (path !== bindingPath) return load(path)
-  loaded ??= load(path)
+export function loadNative(path?: string): NativeLoad {
+  if (path !== undefined) return load(path)
+  loaded ??= load()
   return loaded
 }
 
-function load(path: string): NativeLoad {
+function load(path?: string): NativeLoad {
   try {
-    const binding = createRequire(import.meta.url)(path) as Binding
+    const binding = loadAddon(path) as Binding
     if (binding.version !== bindingVersion) {
       const reason = `the native addon has version ${binding.version}, this program needs ${bindingVersion}: run scripts/setup`
       return { ok: false, reason }

@@ -26,7 +26,11 @@ export async function within<T>(promise: Promise<T>, what: string, ms = 10_000):
 
 /** Whether `promise` is still pending after everything that was ready has run. */
 export async function isPending(promise: Promise<unknown>): Promise<boolean> {
-  const open = Symbol('open')
+  let pending = true
+  const settled = (): void => {
+    pending = false
+  }
+  promise.then(settled, settled)
   for (let turn = 0; turn < 5; turn++) await new Promise((resolve) => setImmediate(resolve))
-  return (await Promise.race([promise.catch(() => null), Promise.resolve(open)])) === open
+  return pending
 }
