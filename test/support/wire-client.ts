@@ -50,8 +50,18 @@ interface Pending {
   covered: number // bytes of a read that chunks spoke of
 }
 
+/** A request whose numbers may need all 64 bits. */
+export type EncodableRequest = Omit<WireRequest, 'offset' | 'length'> & {
+  readonly offset?: number | bigint
+  readonly length?: number | bigint
+}
+
 /** The bytes of a request, header and payload. */
-export function encodeRequest(request: WireRequest, mode: ReplyMode, cookie = request.cookie ?? 0n): Buffer {
+export function encodeRequest(
+  request: EncodableRequest,
+  mode: ReplyMode,
+  cookie = request.cookie ?? 0n,
+): Buffer {
   const payload = request.payload ?? Buffer.alloc(0)
   const length = request.payload === undefined ? (request.length ?? 0) : payload.length
   const extended = mode === 'extended'
@@ -64,7 +74,7 @@ export function encodeRequest(request: WireRequest, mode: ReplyMode, cookie = re
   header.writeBigUInt64BE(cookie, 8)
   header.writeBigUInt64BE(BigInt(request.offset ?? 0), 16)
   if (extended) header.writeBigUInt64BE(BigInt(length), 24)
-  else header.writeUInt32BE(length, 24)
+  else header.writeUInt32BE(Number(length), 24)
   return Buffer.concat([header, payload])
 }
 

@@ -13,7 +13,8 @@
 
 namespace nbd::test {
 
-Rig::Rig(const RigOptions& options) : options(options), stripeSize(options.members * options.chunkSize) {
+Rig::Rig(const RigOptions& options)
+    : options(options), stripeSize(options.members * options.chunkSize), random_(options.shuffled) {
   const uint64_t stripes = (options.size + stripeSize - 1) / stripeSize;
   slots.resize(stripes);
   init.resize(stripes / 32 + 1);
@@ -92,11 +93,15 @@ void Rig::policy() {
       drain();
       lock.lock();
     } else if (!held_ && !queue_.empty()) {
-      const Call call = queue_.front();
-      queue_.pop_front();
+      const Call call = next();
       waiting_ = queue_.size();
       lock.unlock();
       handle(call);
+      sendAnswers(8);
+      lock.lock();
+    } else if (!answers_.empty()) {
+      lock.unlock();
+      sendAnswers(0);
       lock.lock();
     } else {
       policyWake_.wait(lock);
@@ -182,8 +187,30 @@ void Rig::handle(const Call& call) {
     const double tag = submit({4, 0});
     if (!await(tag)) error = kEio;
   }
-  const double answer[] = {1, static_cast<double>(call.index), static_cast<double>(error)};
-  datapath_->submit(answer, 3);
+  answer(call, error);
+}
+
+Rig::Call Rig::next() {
+  const size_t at = options.shuffled == 0 ? 0 : random_.below(queue_.size());
+  const Call call = queue_[at];
+  queue_.erase(queue_.begin() + static_cast<long>(at));
+  return call;
+}
+
+void Rig::answer(const Call& call, uint32_t error) {
+  answers_.emplace_back(call.index, error);
+  if (options.shuffled == 0) sendAnswers(0);
+}
+
+/// Sends answers, in any order, until at most so many are left.
+void Rig::sendAnswers(size_t most) {
+  std::vector<double> words;
+  while (answers_.size() > most) {
+    std::swap(answers_[random_.below(answers_.size())], answers_.back());
+    words.insert(words.end(), {1, static_cast<double>(answers_.back().first), static_cast<double>(answers_.back().second)});
+    answers_.pop_back();
+  }
+  if (!words.empty()) datapath_->submit(words.data(), words.size());
 }
 
 bool Rig::fill(const Call& call) {

@@ -3,7 +3,7 @@
 //
 // The policy handles one upcall at a time, in order of arrival: first writes get slots and one formatting command a format
 // unit, then slot, init bit and direct bit are set in this order; other writes go to their slots in parts; trims clear the
-// direct bits, pass a barrier, and clear the init bits.
+// direct bits, pass a barrier, and clear the init bits. With `shuffled` it takes upcalls in any order, and answers in any other.
 #pragma once
 
 #include <atomic>
@@ -37,6 +37,7 @@ struct RigOptions {
   uint32_t payloadMax = 8 << 20;
   uint64_t payloadPerConnection = 16 << 20;
   uint64_t payloadTotal = 64 << 20;
+  uint64_t shuffled = 0;  // seed
 };
 
 class Client;
@@ -77,6 +78,9 @@ class Rig {
   };
 
   void policy();
+  Call next();
+  void answer(const Call& call, uint32_t error);
+  void sendAnswers(size_t most);
   void drain();
   bool await(double tag);
   void handle(const Call& call);
@@ -87,6 +91,8 @@ class Rig {
   std::unique_ptr<Datapath> datapath_;
   uint32_t nextSlot_ = 1;
   std::deque<Call> queue_;  // policy's thread
+  Random random_;
+  std::vector<std::pair<uint32_t, uint32_t>> answers_;  // upcall and error, not sent yet
 
   std::mutex mutex_;
   std::condition_variable policyWake_, changed_;
