@@ -1,6 +1,7 @@
 /** GET /metrics: the Prometheus text format, version 0.0.4. */
 import type { FastifyInstance } from 'fastify'
 import type { Daemon } from '../daemon/daemon.ts'
+import type { VolumeInfo } from '../volume/volume.ts'
 import { statusOf } from './pool.ts'
 import type { StatusInfo } from './types.ts'
 
@@ -43,6 +44,13 @@ export function metricsText(status: StatusInfo, cpu: NodeJS.CpuUsage): string {
     const help = 'Free on the file system below file members.'
     metric('fullstripe_pool_file_system_available_bytes', 'gauge', help, one(pool.fileSystemAvailable))
   }
+
+  metric(
+    'fullstripe_pool_read_only',
+    'gauge',
+    '1 after a failed sync, until a restart: writes and flushes fail.',
+    one(pool.state === 'read-only' ? 1 : 0),
+  )
 
   const eachMember = (value: (index: number) => number) =>
     members.map((_, index) => ({
@@ -90,6 +98,31 @@ export function metricsText(status: StatusInfo, cpu: NodeJS.CpuUsage): string {
     'Connections to a volume.',
     eachVolume((volume) => volume.sessions),
   )
+  const kept = volumes.filter(({ intents }) => intents !== null)
+  const eachIntents = (value: (intents: NonNullable<VolumeInfo['intents']>) => number) =>
+    kept.flatMap(({ name, intents }) =>
+      intents === null ? [] : [{ labels: { volume: name }, value: value(intents) }],
+    )
+  if (kept.length > 0) {
+    metric(
+      'fullstripe_volume_hot_regions',
+      'gauge',
+      'Regions that may hold changes that are not durable.',
+      eachIntents(({ hot }) => hot),
+    )
+    metric(
+      'fullstripe_volume_announced_regions_total',
+      'counter',
+      'Regions that were announced.',
+      eachIntents(({ announced }) => announced),
+    )
+    metric(
+      'fullstripe_volume_suspect_bytes',
+      'gauge',
+      'What was hot when the daemon was stopped out of order.',
+      eachIntents(({ suspect }) => suspect),
+    )
+  }
   for (const [field, name, help] of VOLUME_COUNTERS) {
     metric(
       `fullstripe_volume_${name}_total`,

@@ -68,6 +68,16 @@ const formatter = object(
   ['message'],
 )
 
+const intents = object('Which regions may hold changes that are not durable', {
+  regionSize: bytes('size of a region'),
+  hot: count('regions announced on disk now'),
+  hotMax: count('the most that may be, of all volumes together'),
+  announced: count('regions announced since the volume was opened'),
+  suspect: bytes('part of the volume that was hot when the daemon was stopped out of order'),
+  stops: count('such stops since the last acknowledgement'),
+  since: { type: ['string', 'null'], description: 'when the first of them was noticed' },
+})
+
 const exportCounters = object('Since the volume was opened', {
   reads: count('read requests'),
   readBytes: bytes('read'),
@@ -99,6 +109,8 @@ export const volumeSchema = object('A volume', {
   stripeSize: bytes('size of a stripe'),
   fill: { type: 'integer', minimum: 0, maximum: 255, description: 'byte that unformatted stripes read as' },
   readOnly: flag('clients cannot write'),
+  failure: { type: ['string', 'null'], description: 'why nothing is written any more, and what to do' },
+  intents: { ...intents, type: ['object', 'null'], description: 'null where nobody needs intents' },
   created: { type: 'string', format: 'date-time', description: 'time of creation' },
   stripes: count('stripes of the volume'),
   stripesFormatted: count('stripes that hold data'),
@@ -136,6 +148,8 @@ export const poolSchema = object('A pool', {
     type: ['integer', 'null'],
     description: 'bytes free on the file system below file members; null for devices',
   },
+  state: choice(['online', 'read-only'], 'read-only after a failed sync: writes and flushes fail'),
+  failure: { type: ['string', 'null'], description: 'why it is read-only, and what to do' },
 })
 
 export const statusSchema = object('The daemon and all it serves', {
@@ -166,11 +180,16 @@ export const mapSchema = object('Extents of a volume, in order, without gaps', {
   size: bytes('size of the volume'),
   offset: bytes('start of the first extent'),
   extents: list(
-    object('A range with one state', {
-      offset: bytes('start'),
-      length: bytes('length'),
-      formatted: flag('holds data; otherwise it reads as formatting data'),
-    }),
+    object(
+      'A range with one state',
+      {
+        offset: bytes('start'),
+        length: bytes('length'),
+        formatted: flag('holds data; otherwise it reads as formatting data'),
+        suspect: flag('hot when the daemon was stopped out of order; absent where not'),
+      },
+      ['suspect'],
+    ),
     'neighbours differ',
   ),
   next: { type: ['integer', 'null'], description: 'offset of the next page; null at the end' },
@@ -213,10 +232,16 @@ export const volumeCreateBody = object(
     formatUnit: { type: 'integer', description: 'stripes that are formatted together (default 1)' },
     fill: { type: 'integer', description: 'byte, 0 to 255, that unformatted stripes read as (default 0)' },
     readOnly: flag('clients cannot write (default false)'),
+    intents: flag('announce changes on disk, region by region, before they are made (default false)'),
+    regionSize: { type: 'integer', description: 'of those regions, in bytes (default 1 MiB)' },
   },
-  ['provision', 'formatUnit', 'fill', 'readOnly'],
+  ['provision', 'formatUnit', 'fill', 'readOnly', 'intents', 'regionSize'],
 )
-export const volumeRenameBody = object('A new name', { name: volumeName })
+export const volumeChangeBody = object(
+  'What to change',
+  { name: volumeName, intents: flag('announce changes on disk before they are made') },
+  ['name', 'intents'],
+)
 export const resizeBody = object(
   'A new size',
   { size: volumeSize, force: flag('also shrink: what lies behind the new end is lost') },
@@ -234,6 +259,11 @@ export const nameParams = object('Path', {
   name: { type: 'string', minLength: 1, description: 'volume, URL-encoded' },
 })
 export const deleteQuery = object('Query', { force: flag('also while clients are connected') }, ['force'])
+export const acknowledgeQuery = object(
+  'Query',
+  { stops: { ...count('unclean stops that were known; refused where there were more since') } },
+  ['stops'],
+)
 export const mapQuery = object(
   'Query',
   {

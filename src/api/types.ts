@@ -52,9 +52,13 @@ export interface VolumeCreateBody {
   readonly formatUnit?: number // stripes
   readonly fill?: number // 0..255
   readonly readOnly?: boolean
+  readonly intents?: boolean
+  readonly regionSize?: number // bytes
 }
-export interface VolumeRenameBody {
-  readonly name: string
+/** What is absent stays as it is. */
+export interface VolumeChangeBody {
+  readonly name?: string
+  readonly intents?: boolean
 }
 export interface ResizeBody {
   readonly size: number

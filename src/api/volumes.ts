@@ -9,8 +9,8 @@ import type {
   FormatBody,
   MapPage,
   ResizeBody,
+  VolumeChangeBody,
   VolumeCreateBody,
-  VolumeRenameBody,
 } from './types.ts'
 
 interface NameParams {
@@ -50,19 +50,39 @@ export function volumeRoutes(app: FastifyInstance, daemon: Daemon): void {
     async (request): Promise<VolumeInfo> => pool.volume(request.params.name).info(),
   )
 
-  app.patch<{ Params: NameParams; Body: VolumeRenameBody }>(
+  app.patch<{ Params: NameParams; Body: VolumeChangeBody }>(
     '/v1/volumes/:name',
     {
       schema: {
-        summary: 'Rename a volume',
+        summary: 'Rename a volume, or switch its intents on or off',
         params: schemas.nameParams,
-        body: schemas.volumeRenameBody,
+        body: schemas.volumeChangeBody,
         response: ONE,
       },
     },
     async (request): Promise<VolumeInfo> => {
-      await pool.renameVolume(request.params.name, request.body.name)
-      return pool.volume(request.body.name).info()
+      const { name, intents } = request.body
+      const volume = pool.volume(request.params.name)
+      if (intents !== undefined) await volume.keepIntents(intents)
+      if (name !== undefined) await pool.renameVolume(volume.name, name)
+      return volume.info()
+    },
+  )
+
+  app.delete<{ Params: NameParams; Querystring: { stops?: number } }>(
+    '/v1/volumes/:name/suspects',
+    {
+      schema: {
+        summary: 'Acknowledge which regions are suspect: from now on none is',
+        params: schemas.nameParams,
+        querystring: schemas.acknowledgeQuery,
+        response: ONE,
+      },
+    },
+    async (request): Promise<VolumeInfo> => {
+      const volume = pool.volume(request.params.name)
+      await volume.acknowledge(request.query.stops)
+      return volume.info()
     },
   )
 

@@ -295,7 +295,11 @@ function flushDevice(device: NbdDevice): void {
       closeSync(fd)
     }
   } catch (error) {
-    throw new UserError('FAILED', `cannot flush ${device.path}: ${messageOf(error)}`, { cause: error })
+    throw new UserError(
+      'FAILED',
+      `cannot flush ${device.path}: ${messageOf(error)}; to give up what is not written yet: --force`,
+      { cause: error },
+    )
   }
 }
 

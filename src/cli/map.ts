@@ -9,7 +9,7 @@ import { type Cli, clientOf, type Root } from './cli.ts'
 import { type Client, volumePath } from './client.ts'
 import type { Output } from './output.ts'
 import { cellsOf, legend, type PictureStyle, picture } from './picture.ts'
-import { padStart, percent } from './text.ts'
+import { padEnd, padStart, percent } from './text.ts'
 
 /** With a picture above them, only this many extents are listed unasked. */
 const EXTENTS_BELOW_PICTURE = 16
@@ -101,7 +101,7 @@ async function printExtents(
       output.line('many extents; list them with: --extents')
       return
     }
-    if (!header) output.line(extentLine('OFFSET', 'LENGTH', 'FORMATTED'))
+    if (!header) output.line(extentLine('OFFSET', 'LENGTH', 'FORMATTED', ''))
     header = true
     for (const extent of page.extents) output.line(extentText(extent))
     await output.drained()
@@ -109,12 +109,13 @@ async function printExtents(
 }
 
 /** Columns of a fixed width, because the rows are not all known when the first one is written. */
-function extentLine(offset: string, length: string, formatted: string): string {
-  return `${padStart(offset, 16)}  ${padStart(length, 16)}  ${formatted}`
+function extentLine(offset: string, length: string, formatted: string, remark: string): string {
+  return `${padStart(offset, 16)}  ${padStart(length, 16)}  ${padEnd(formatted, 9)}  ${remark}`.trimEnd()
 }
 
-function extentText({ offset, length, formatted }: MapExtent): string {
-  return extentLine(formatSize(offset), formatSize(length), formatted ? 'yes' : 'no')
+function extentText({ offset, length, formatted, suspect }: MapExtent): string {
+  const remark = suspect === true ? 'suspect' : ''
+  return extentLine(formatSize(offset), formatSize(length), formatted ? 'yes' : 'no', remark)
 }
 
 async function draw(client: Client, name: string, output: Output): Promise<void> {
@@ -131,8 +132,10 @@ async function draw(client: Client, name: string, output: Output): Promise<void>
   output.line(
     `${legend(style)}   one cell = ${approximateSize(info.size / Math.max(1, density.cells.length))}`,
   )
+  const suspect = info.intents?.suspect ?? 0
+  const suspectText = suspect > 0 ? `, ${approximateSize(suspect)} suspect since an unclean stop` : ''
   output.line(
-    `${info.name}: ${share} of ${approximateSize(info.size)} formatted, ${approximateSize(info.used)} used`,
+    `${info.name}: ${share} of ${approximateSize(info.size)} formatted, ${approximateSize(info.used)} used${suspectText}`,
   )
   output.line()
 }

@@ -46,7 +46,7 @@ export function poolCommands(root: Root, cli: Cli): void {
             return resolve(path)
           })
           const parity = ([0, 1, 2] as const).find((count) => String(count) === argv.parity)
-          const { createPool } = await import('../volume/pool.ts')
+          const { createPool } = await import('../volume/create-pool.ts')
           const info = await createPool(resolve(directory), {
             ...(members === undefined ? {} : { members }),
             ...(parity === undefined ? {} : { parity }),
@@ -98,6 +98,7 @@ export function poolLines(info: PoolInfo): string[] {
       `${info.dataMembers} data + ${info.parityMembers} parity, chunk ${formatSize(info.chunkSize)}`,
     ],
     ['disk free', info.fileSystemAvailable === null ? '-' : approximateSize(info.fileSystemAvailable)],
+    ['state', info.failure === null ? info.state : `${info.state}: ${info.failure}`],
   ])
   const columns = [
     { title: 'member', right: true },

@@ -36,6 +36,12 @@ export function serveCommand(root: Root, cli: Cli): void {
           requiresArg: true,
           describe: 'I/O threads of the native datapath',
         })
+        .option('hot-regions', {
+          type: 'string',
+          requiresArg: true,
+          describe: 'Most regions, of volumes that keep intents, that may hold changes not yet durable',
+          defaultDescription: String(LIMITS.hotRegionsMax),
+        })
         .option('config', { type: 'string', requiresArg: true, describe: 'JSON file with the same keys' })
         .option('log-level', {
           choices: LOG_LEVELS,
@@ -51,6 +57,9 @@ export function serveCommand(root: Root, cli: Cli): void {
         ...(argv.threads === undefined
           ? {}
           : { threads: parseCount(argv.threads, '--threads', 1, LIMITS.datapathThreadsMax) }),
+        ...(argv['hot-regions'] === undefined
+          ? {}
+          : { hotRegions: parseCount(argv['hot-regions'], '--hot-regions', 1, LIMITS.hotRegionsLimit) }),
         ...(argv['log-level'] === undefined ? {} : { logLevel: argv['log-level'] }),
       }
       const file = argv.config === undefined ? {} : readConfigFile(argv.config)

@@ -71,6 +71,7 @@ function statusLines(status: StatusInfo, before: StatusInfo | undefined, output:
       `${pool.directory}: ${approximateSize(pool.used)} of ${approximateSize(pool.capacity)} used (${percent(pool.used, pool.capacity)}), ${plural(pool.members.length, 'member')}${diskText(pool)}`,
     ],
     ...failed.map((member): [string, string] => ['FAILED', `member ${member.index}: ${member.path}`]),
+    ...(pool.failure === null ? [] : [['FAILED', pool.failure] satisfies [string, string]]),
     ['clients', plural(status.sessions, 'connection')],
   ])
   lines.push('')

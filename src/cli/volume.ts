@@ -1,4 +1,4 @@
-/** fullstripe volume create|list|show|resize|delete|rename|map|format */
+/** fullstripe volume create|list|show|resize|delete|rename|set|acknowledge|map|format */
 import type { VolumeCreateBody } from '../api/types.ts'
 import { LIMITS } from '../base/limits.ts'
 import { approximateSize, formatSize, parseSize } from '../base/sizes.ts'
@@ -17,6 +17,8 @@ export function volumeCommands(root: Root, cli: Cli): void {
     resizeCommand(group, cli)
     deleteCommand(group, cli)
     renameCommand(group, cli)
+    setCommand(group, cli)
+    acknowledgeCommand(group, cli)
     mapCommand(group, cli)
     formatCommand(group, cli)
     return group.demandCommand(1, 'which volume command?')
@@ -54,6 +56,17 @@ function createCommand(group: Root, cli: Cli): void {
           defaultDescription: '0',
         })
         .option('read-only', { type: 'boolean', default: false, describe: 'Clients cannot write' })
+        .option('intents', {
+          type: 'boolean',
+          default: false,
+          describe: 'Know after a crash which regions may hold writes that were not flushed',
+        })
+        .option('region-size', {
+          type: 'string',
+          requiresArg: true,
+          describe: 'Size of such a region; implies --intents',
+          defaultDescription: '1M',
+        })
         .example('fullstripe volume create data --size 10G', 'thin: takes no space yet')
         .example('fullstripe volume create log --size 1T --provision thick', 'cannot run out of space'),
     async (argv) => {
@@ -66,6 +79,10 @@ function createCommand(group: Root, cli: Cli): void {
           : { formatUnit: parseCount(argv['format-unit'], '--format-unit', 1, LIMITS.stripesPerVolumeMax) }),
         ...(argv.fill === undefined ? {} : { fill: parseCount(argv.fill, '--fill', 0, 255) }),
         ...(argv['read-only'] ? { readOnly: true } : {}),
+        ...(argv.intents || argv['region-size'] !== undefined ? { intents: true } : {}),
+        ...(argv['region-size'] === undefined
+          ? {}
+          : { regionSize: parseSize(argv['region-size'], '--region-size') }),
       }
       const info = await clientOf(argv).post<VolumeInfo>('/v1/volumes', body)
       cli.output.result(info, () => [`volume ${info.name} created: ${sizeText(info)}, ${info.provision}`])
@@ -153,6 +170,51 @@ function renameCommand(group: Root, cli: Cli): void {
   )
 }
 
+function setCommand(group: Root, cli: Cli): void {
+  group.command(
+    'set <name>',
+    'Change how a volume is kept',
+    (command) =>
+      command
+        .positional('name', { type: 'string', demandOption: true, describe: 'Its name' })
+        .option('intents', {
+          choices: ['on', 'off'] as const,
+          demandOption: true,
+          describe:
+            'Know after a crash which regions may hold writes that were not flushed; off forgets them',
+        })
+        .example(
+          'fullstripe volume set data --intents on',
+          'for replication and backup of what a crash left',
+        ),
+    async (argv) => {
+      const body = { intents: argv.intents === 'on' }
+      const info = await clientOf(argv).patch<VolumeInfo>(volumePath(argv.name), body)
+      cli.output.result(info, () => [`volume ${info.name}: intents are ${argv.intents}`])
+    },
+  )
+}
+
+function acknowledgeCommand(group: Root, cli: Cli): void {
+  group.command(
+    'acknowledge <name>',
+    'Say that the suspect regions of a volume were dealt with; from now on none is suspect',
+    (command) =>
+      command
+        .positional('name', { type: 'string', demandOption: true, describe: 'Its name' })
+        .option('stops', {
+          type: 'string',
+          requiresArg: true,
+          describe: 'How many unclean stops were known; refused where there were more since',
+        }),
+    async (argv) => {
+      const query = argv.stops === undefined ? '' : `?stops=${parseCount(argv.stops, '--stops', 0, 2 ** 31)}`
+      const info = await clientOf(argv).delete<VolumeInfo>(volumePath(argv.name, `/suspects${query}`))
+      cli.output.result(info, () => [`volume ${info.name}: no region is suspect`])
+    },
+  )
+}
+
 /** `10G`, or with the exact number where that says less. */
 export function sizeText(info: VolumeInfo): string {
   const exact = formatSize(info.size)
@@ -188,7 +250,10 @@ export function volumeTable(volumes: readonly VolumeInfo[]): string[] {
 export function stateText(info: VolumeInfo): string {
   const { formatter } = info
   const words: string[] = []
-  if (info.readOnly) words.push('read-only')
+  if (info.failure !== null) words.push('FAILED: read-only')
+  else if (info.readOnly) words.push('read-only')
+  if (info.intents !== null && info.intents.suspect > 0)
+    words.push(`${approximateSize(info.intents.suspect)} suspect`)
   if (formatter.state === 'running') words.push(`formatting ${percent(formatter.done, formatter.total)}`)
   if (formatter.state === 'paused')
     words.push(`formatting paused at ${percent(formatter.done, formatter.total)}`)
@@ -230,5 +295,19 @@ function volumeLines(info: VolumeInfo): string[] {
       `${formatter.state}, ${percent(formatter.done, formatter.total)}${limit}${why}`,
     ])
   }
+  const { intents } = info
+  if (intents !== null) {
+    entries.push([
+      'intents',
+      `${intents.hot} of ${plural(intents.hotMax, 'region')} hot, ${approximateSize(intents.regionSize)} each; announced: ${intents.announced}`,
+    ])
+    if (intents.stops > 0) {
+      entries.push([
+        'suspect',
+        `${approximateSize(intents.suspect)} since ${plural(intents.stops, 'unclean stop')}, the first noticed ${intents.since}: volume map, volume acknowledge`,
+      ])
+    }
+  }
+  if (info.failure !== null) entries.push(['FAILED', info.failure])
   return pairs(entries)
 }

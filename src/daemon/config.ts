@@ -19,6 +19,7 @@ export interface ConfigValues {
   listen?: readonly string[] // NBD URIs
   datapath?: DatapathChoice
   threads?: number // I/O threads; absent: the datapath decides
+  hotRegions?: number // most regions announced at a time
   logLevel?: LogLevel
 }
 
@@ -27,6 +28,7 @@ export interface DaemonConfig {
   readonly listen: readonly string[]
   readonly datapath: DatapathChoice
   readonly threads: number | undefined
+  readonly hotRegions: number
   readonly logLevel: LogLevel
 }
 
@@ -41,6 +43,7 @@ export function resolveConfig(pool: string, flags: ConfigValues, file: ConfigVal
     listen,
     datapath: flags.datapath ?? file.datapath ?? 'auto',
     threads: flags.threads ?? file.threads,
+    hotRegions: flags.hotRegions ?? file.hotRegions ?? LIMITS.hotRegionsMax,
     logLevel: flags.logLevel ?? file.logLevel ?? 'info',
   }
 }
@@ -79,7 +82,10 @@ export function checkConfig(value: unknown, source: string): ConfigValues {
         config.datapath = oneOf(DATAPATH_CHOICES, entry, 'datapath', source)
         break
       case 'threads':
-        config.threads = checkThreads(entry, source)
+        config.threads = checkCount(entry, 'threads', LIMITS.datapathThreadsMax, source)
+        break
+      case 'hot-regions':
+        config.hotRegions = checkCount(entry, 'hot-regions', LIMITS.hotRegionsLimit, source)
         break
       case 'log-level':
         config.logLevel = oneOf(LOG_LEVELS, entry, 'log-level', source)
@@ -87,25 +93,18 @@ export function checkConfig(value: unknown, source: string): ConfigValues {
       default:
         throw new UserError(
           'USAGE',
-          `${source}: unknown key "${key}"; the keys are listen, datapath, threads and log-level`,
+          `${source}: unknown key "${key}"; the keys are listen, datapath, threads, hot-regions and log-level`,
         )
     }
   }
   return config
 }
 
-export function checkThreads(value: unknown, source: string): number {
-  if (
-    typeof value === 'number' &&
-    Number.isInteger(value) &&
-    value >= 1 &&
-    value <= LIMITS.datapathThreadsMax
-  ) {
-    return value
-  }
+function checkCount(value: unknown, key: string, max: number, source: string): number {
+  if (typeof value === 'number' && Number.isInteger(value) && value >= 1 && value <= max) return value
   throw new UserError(
     'USAGE',
-    `${source}: threads must be a whole number from 1 to ${LIMITS.datapathThreadsMax}, not ${JSON.stringify(value)}`,
+    `${source}: ${key} must be a whole number from 1 to ${max}, not ${JSON.stringify(value)}`,
   )
 }
 

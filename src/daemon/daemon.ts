@@ -95,6 +95,7 @@ export class Daemon {
     this.#pool = await Pool.open(config.pool, {
       datapath: config.datapath,
       ...(config.threads === undefined ? {} : { threads: config.threads }),
+      hotSet: { regionsMax: config.hotRegions },
       log,
       onEvent: (event) => this.events.append(event), // the pool has logged it
     })

@@ -5,6 +5,7 @@ import { crc32 } from 'node:zlib'
 import { assert } from '../base/assert.ts'
 import { messageOf, StoreError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
+import { Rounds } from '../base/rounds.ts'
 
 /**
  * The journal holds the map changes that LMDB does not hold yet, in two files of fixed size which take turns.
@@ -12,7 +13,7 @@ import { LIMITS } from '../base/limits.ts'
  *   file    4096-byte header, then frames back to back, each 8-byte aligned
  *   header  | magic 8 bytes | version u32 | salt u32 | epoch u64 | pool 36 bytes | boot id 36 bytes | zeros | crc32 u32 |
  *   frame   | magic u32 | length u32 | sequence u64 | kind u32 | crc32 u32 | payload, `length` bytes |
- *   kinds   1 changes: records of 24 bytes        2 durable mark: covered sequence u64
+ *   kinds   1 changes: records of 24 bytes        2 durable mark: covered sequence u64        3 distrust: nothing
  *
  * The checksum of a frame goes on from that of the header under which it was written, and no two headers are alike: each
  * turn of a file has a salt of its own. So frames of another turn never pass for frames of this one, not even of
@@ -24,8 +25,12 @@ import { LIMITS } from '../base/limits.ts'
  *  2. A durable mark is written only after the members were synced, and then the journal is synced: everything
  *     up to `covered` survives a power cut. Frames past the last mark may be on disk while their data is not, so
  *     after a reboot (another boot id) they are ignored; after a mere restart the page cache still has both.
- *  3. A file is taken into use again only after LMDB has committed every frame in it.
- *  4. Both files are written in full when they are made, so an append never needs space.
+ *     Intents (`hot`, `cool`) speak of no data: they count wherever they can be read. Who needs one durable syncs the
+ *     journal, no member, before the write that it announces.
+ *  3. After a failed sync the page cache may hold what no disk will: a distrust frame makes a mere restart count as a reboot.
+ *     No sync is tried again after one that failed: the kernel may have forgotten what it could not write.
+ *  4. A file is taken into use again only after LMDB has committed every frame in it.
+ *  5. Both files are written in full when they are made, so an append never needs space.
  */
 
 export const CHANGE_RECORD_SIZE = 24
@@ -33,10 +38,11 @@ const HEADER_SIZE = 4096
 const FRAME_HEADER_SIZE = 24
 const FRAME_PAYLOAD_MAX = 1 << 20
 const FILE_MAGIC = Buffer.from('FULLSJNL')
-const FILE_VERSION = 1
+const FILE_VERSION = 2 // 1 had no intents and no distrust
 const FRAME_MAGIC = 0x464a524d
 const KIND_CHANGES = 1
 const KIND_DURABLE = 2
+const KIND_DISTRUST = 3
 
 /** What a record does to the tables of one medium. `count` runs over consecutive stripes or units. */
 export const CHANGE = {
@@ -46,12 +52,16 @@ export const CHANGE = {
   formatted: 2,
   /** Format units [first, first + count) are not formatted any more. */
   released: 3,
+  /** Regions [first, first + count) may be changed from now on (src/metadata/intents.ts). */
+  hot: 4,
+  /** All that was changed in regions [first, first + count) is durable, and nothing changes there before they are hot again. */
+  cool: 5,
 } as const
 
 export interface Change {
   readonly op: number // of CHANGE
   readonly medium: number
-  readonly first: number // stripe or format unit
+  readonly first: number // stripe, format unit or region
   readonly count: number
   readonly slot: number // `slots` only, else 0
 }
@@ -103,10 +113,13 @@ export function createJournalFile(path: string): void {
 export interface JournalIdentity {
   readonly pool: string // uuid
   readonly bootId: string // uuid of this boot of the kernel
+  /** A number of 32 bits for each turn of a file; at random where nobody says otherwise. */
+  readonly salt?: () => number
 }
 
 export interface Recovery {
-  readonly changes: readonly Change[] // to be applied in order
+  readonly changes: readonly Change[] // of tables, to be applied in order
+  readonly intents: readonly Change[] // the same for intents; also of frames that no mark covers
   readonly lastSequence: number // of any frame seen; the next frame gets the one after
   readonly dropped: number // frames that were not covered by a durable mark when the machine stopped
 }
@@ -122,6 +135,7 @@ interface Side {
 
 interface Frame {
   readonly sequence: number
+  readonly end: number // position behind it
   readonly kind: number
   readonly payload: Buffer
 }
@@ -129,6 +143,8 @@ interface Frame {
 export class Journal {
   readonly #sides: readonly [Side, Side]
   readonly #identity: JournalIdentity
+  readonly #syncs = new Rounds(() => this.#syncSides())
+  #syncFailed: StoreError | undefined
   #active: 0 | 1 = 0
   #sequence = 0
   #lastChange = 0
@@ -158,49 +174,68 @@ export class Journal {
 
   /**
    * Reads what an earlier run left behind. The caller applies the changes, commits them to LMDB together with
-   * `lastSequence`, and then calls `start`; until that, nothing is written here.
+   * `lastSequence`, and then calls `start`; until that, nothing is written here, except by `distrust`.
    * @param checkpoint last sequence that LMDB holds
-   * @throws StoreError DAMAGED when a file belongs to another pool or is of a newer version
+   * @throws StoreError DAMAGED when a file belongs to another pool, is of a newer version or holds what none writes
    */
   recover(checkpoint: number): Recovery {
-    const headers = this.#sides.map((side) => ({ side, header: this.#readHeader(side) }))
+    const headers = ([0, 1] as const).map((index) => ({
+      index,
+      header: this.#readHeader(this.#sides[index]),
+    }))
     const frames: Frame[] = []
-    let sameBoot = true
+    let trusted = true
     let last = checkpoint
-    for (const { side, header } of headers.sort((a, b) => (a.header?.epoch ?? 0) - (b.header?.epoch ?? 0))) {
+    for (const { index, header } of headers.sort((a, b) => (a.header?.epoch ?? 0) - (b.header?.epoch ?? 0))) {
       if (header === undefined) continue
+      const side = this.#sides[index]
       side.epoch = header.epoch
       side.seed = header.checksum
+      this.#active = index
       for (const frame of this.#readFrames(side)) {
-        if (frame.sequence <= checkpoint) continue
-        if (frame.sequence !== last + 1) break // a gap: what follows was never promised
-        frames.push(frame)
-        last = frame.sequence
-        sameBoot &&= header.bootId === this.#identity.bootId
+        if (frame.sequence > checkpoint) {
+          if (frame.sequence !== last + 1) break // a gap: what follows was never promised
+          frames.push(frame)
+          last = frame.sequence
+          trusted &&= header.bootId === this.#identity.bootId && frame.kind !== KIND_DISTRUST
+        }
+        side.end = frame.end
+        side.lastSequence = frame.sequence
       }
     }
-    let covered = sameBoot ? last : checkpoint
+    this.#sequence = last
+    this.#checkpointed = checkpoint
+    let covered = trusted ? last : checkpoint
     for (const frame of frames) {
-      if (frame.kind === KIND_DURABLE) covered = Math.max(covered, Number(frame.payload.readBigUInt64LE(0)))
+      if (frame.kind === KIND_DURABLE) covered = Math.max(covered, coveredBy(frame))
     }
     const changes: Change[] = []
+    const intents: Change[] = []
     let dropped = 0
     for (const frame of frames) {
       if (frame.kind !== KIND_CHANGES) continue
-      if (frame.sequence <= covered) decodeChanges(frame.payload, changes)
-      else dropped++
+      let drops = false
+      for (const change of decodeChanges(frame.payload)) {
+        if (isIntent(change)) intents.push(change)
+        else if (frame.sequence <= covered) changes.push(change)
+        else drops = true
+      }
+      if (drops) dropped++
     }
-    return { changes, lastSequence: last, dropped }
+    return { changes, intents, lastSequence: last, dropped }
   }
 
-  /** Begins a new turn of the first file, after LMDB has everything up to `sequence` durably. */
+  /**
+   * Begins a new turn of the first file, after LMDB has everything up to `sequence` durably. The other one gets a new header too:
+   * behind a gap it may hold frames whose sequences are about to be given again, and they must not count then.
+   */
   async start(sequence: number): Promise<void> {
     this.#sequence = sequence
     this.#lastChange = sequence
     this.#checkpointed = sequence
     const epoch = Math.max(this.#sides[0].epoch, this.#sides[1].epoch)
-    this.#begin(this.#sides[0], epoch + 1)
-    this.#sides[1].epoch = epoch
+    this.#begin(this.#sides[1], epoch + 1)
+    this.#begin(this.#sides[0], epoch + 2)
     this.#active = 0
     await this.sync()
   }
@@ -247,16 +282,33 @@ export class Journal {
     this.#write(KIND_DURABLE, payload)
   }
 
-  /** Makes all frames durable. */
-  async sync(): Promise<void> {
+  /**
+   * A sync of the members or of this journal has failed: from now on only what a mark covers counts, whoever reads this. It is
+   * for those who read it under the same kernel, so it need not be durable.
+   * @throws StoreError MEMBER_IO or NO_SPACE
+   */
+  distrust(): void {
+    this.#write(KIND_DISTRUST, Buffer.alloc(0))
+  }
+
+  /** Makes all frames durable that were appended before the call. @throws StoreError MEMBER_IO, from then on always */
+  sync(): Promise<void> {
+    return this.#syncs.run()
+  }
+
+  async #syncSides(): Promise<void> {
     for (const side of this.#sides) {
+      if (this.#syncFailed !== undefined) throw this.#syncFailed
       if (!side.unsynced) continue
       side.unsynced = false // before the call: what is written during it needs another one
       try {
         await side.file.sync()
       } catch (error) {
-        side.unsynced = true
-        throw new StoreError('MEMBER_IO', `journal: sync failed: ${messageOf(error)}`, { cause: error })
+        const failed = new StoreError('MEMBER_IO', `journal: sync failed: ${messageOf(error)}`, {
+          cause: error,
+        })
+        this.#syncFailed = failed
+        throw failed
       }
     }
   }
@@ -314,7 +366,7 @@ export class Journal {
     const header = Buffer.alloc(HEADER_SIZE)
     FILE_MAGIC.copy(header, 0)
     header.writeUInt32LE(FILE_VERSION, 8)
-    randomBytes(4).copy(header, 12)
+    header.writeUInt32LE(this.#identity.salt?.() ?? randomBytes(4).readUInt32LE(), 12)
     header.writeBigUInt64LE(BigInt(epoch), 16)
     header.write(this.#identity.pool, 24, 36, 'latin1')
     header.write(this.#identity.bootId, 60, 36, 'latin1')
@@ -371,6 +423,7 @@ export class Journal {
       if (frame.readUInt32LE(20) !== frameChecksum(frame, length, side.seed)) return
       yield {
         sequence: Number(frame.readBigUInt64LE(8)),
+        end: HEADER_SIZE + at + size,
         kind: frame.readUInt32LE(16),
         payload: frame.subarray(FRAME_HEADER_SIZE, FRAME_HEADER_SIZE + length),
       }
@@ -388,6 +441,16 @@ function frameChecksum(frame: Buffer, payloadLength: number, seed: number): numb
   return crc32(frame.subarray(FRAME_HEADER_SIZE, FRAME_HEADER_SIZE + payloadLength), head)
 }
 
+/** What a durable mark covers: frames before it. @throws StoreError DAMAGED where no journal would have written that */
+function coveredBy({ sequence, payload }: Frame): number {
+  const covered = payload.length === 8 ? Number(payload.readBigUInt64LE(0)) : Number.POSITIVE_INFINITY
+  if (covered < sequence) return covered
+  throw new StoreError(
+    'DAMAGED',
+    `journal: frame ${sequence} is a mark that covers what comes after it, or no number`,
+  )
+}
+
 /**     0      4        8         12       16      20
  *      | op   | medium | first   | count  | slot  | 0    |   all u32, little endian */
 function encodeChange(change: Change, target: Buffer, at: number): void {
@@ -399,14 +462,19 @@ function encodeChange(change: Change, target: Buffer, at: number): void {
   target.writeUInt32LE(0, at + 20)
 }
 
-function decodeChanges(payload: Buffer, into: Change[]): void {
+function* decodeChanges(payload: Buffer): Generator<Change> {
   for (let at = 0; at + CHANGE_RECORD_SIZE <= payload.length; at += CHANGE_RECORD_SIZE) {
-    into.push({
+    yield {
       op: payload.readUInt32LE(at),
       medium: payload.readUInt32LE(at + 4),
       first: payload.readUInt32LE(at + 8),
       count: payload.readUInt32LE(at + 12),
       slot: payload.readUInt32LE(at + 16),
-    })
+    }
   }
+}
+
+/** Whether a record speaks of intents, not of tables. */
+export function isIntent({ op }: Change): boolean {
+  return op === CHANGE.hot || op === CHANGE.cool
 }

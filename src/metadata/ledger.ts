@@ -1,15 +1,17 @@
 import { assert } from '../base/assert.ts'
 import { messageOf, StoreError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
+import { Rounds } from '../base/rounds.ts'
 import type { Change, Journal } from './journal.ts'
 import type { MetadataPage } from './records.ts'
-import type { Commit, MetadataStore } from './store.ts'
+import type { Commit, TransactionalStore } from './store.ts'
 
 /**
  * The ledger orders what becomes durable when: members, journal, LMDB.
  *
  *   record      journal frame in the page cache            before the first write it describes is answered
  *   flush       members synced, mark in the journal, journal synced     before FLUSH or FUA is answered
+ *   harden      journal synced                             before the change is begun that an intent announces
  *   checkpoint  members synced, dirty pages in one LMDB transaction     when the journal or the dirty set grows
  *
  * Rules:
@@ -19,7 +21,12 @@ import type { Commit, MetadataStore } from './store.ts'
  *  3. One flush runs at a time. Callers that arrive while it runs share the next: the running one may have begun
  *     before their writes were answered.
  *  4. After a failed sync nothing is known about what the kernel dropped: the ledger fails for good, every later
- *     flush is refused, and nothing is promised that may not be there.
+ *     flush, record and commit is refused, and nothing is promised that may not be there. A sync is not tried again, because
+ *     the second one would succeed without having written anything; and the syncs of flushes and checkpoints never overlap,
+ *     because the kernel tells an error to one of them only. The journal is told, so that a restart counts as a
+ *     power cut (journal.ts). An I/O error of LMDB, or of a mark, fails the ledger too, because nobody knows what is stored; but
+ *     the page cache of members and journal is as good as ever, and a restart finds every answered write there. Where LMDB
+ *     just has no room, the commit is tried again.
  */
 
 /** The tables whose changes the ledger makes durable. */
@@ -33,7 +40,7 @@ export interface PageSource {
 
 export interface LedgerOptions {
   readonly journal: Journal
-  readonly store: MetadataStore
+  readonly store: TransactionalStore
   readonly source: PageSource
   readonly syncMembers: () => Promise<void>
   /** A checkpoint failed and will be tried again; or the ledger failed for good. */
@@ -58,8 +65,10 @@ export class Ledger {
   readonly #options: LedgerOptions
   #durable: number // sequence
   #queued: Waiting[] = []
-  #flushing: Promise<void> | undefined
-  #nextFlush: Promise<void> | undefined
+  readonly #flushes = new Rounds(() => this.#flushOnce())
+  readonly #memberSyncs = new Rounds(() => this.#syncMembers())
+  #syncsBegun = 0
+  #lastSync = 0
   #checkpointing: Promise<void> | undefined
   #failure: StoreError | undefined
   #checkpointFailed = false
@@ -78,8 +87,19 @@ export class Ledger {
     return this.#durable
   }
 
+  /** Why nothing is taken any more; undefined while all is well. */
   get failure(): StoreError | undefined {
     return this.#failure
+  }
+
+  /** Syncs of the members, counted as they begin. */
+  get syncsBegun(): number {
+    return this.#syncsBegun
+  }
+
+  /** The latest of them that made everything before it durable, changes of maps included. */
+  get lastSync(): number {
+    return this.#lastSync
   }
 
   /**
@@ -97,21 +117,28 @@ export class Ledger {
 
   /** Everything that was written and recorded before the call is durable when it resolves. */
   flush(): Promise<void> {
-    if (this.#flushing === undefined) {
-      const running = this.#flushOnce()
-      this.#flushing = running
-      const done = (): void => {
-        this.#flushing = undefined
-      }
-      running.then(done, done)
-      return running
+    return this.#flushes.run()
+  }
+
+  /** The records made before the call are durable when it resolves, whatever becomes of the data: for intents, which have none. */
+  async harden(): Promise<void> {
+    this.#throwIfFailed()
+    try {
+      await this.#options.journal.sync()
+    } catch (error) {
+      throw this.#failSync(error)
     }
-    // Rule 3.
-    this.#nextFlush ??= this.#flushing.then(
-      () => this.#startNext(),
-      () => this.#startNext(),
-    )
-    return this.#nextFlush
+    this.#throwIfFailed()
+  }
+
+  /** A transaction of the catalog alone. @throws StoreError */
+  async commit(commit: Commit): Promise<void> {
+    this.#throwIfFailed()
+    try {
+      await this.#options.store.commit(commit)
+    } catch (error) {
+      throw isIoError(error) ? this.#fail(error) : error
+    }
   }
 
   /** Moves everything into LMDB. */
@@ -132,21 +159,19 @@ export class Ledger {
   }
 
   /**
-   * Checkpoint, stop. The journal is empty afterwards, so the next opening has nothing to replay. Nothing of the ledger
+   * Flush, checkpoint, stop. The journal is empty afterwards, so the next opening has nothing to replay. Nothing of the ledger
    * touches a file after it has settled.
-   * @throws StoreError where the checkpoint failed; what LMDB lacks is still in the journal
+   * @throws StoreError where the checkpoint failed, or the ledger before it; what LMDB lacks is still in the journal
    */
   async close(): Promise<void> {
     this.#closed = true
     clearInterval(this.#timer)
-    while (
-      this.#flushing !== undefined ||
-      this.#nextFlush !== undefined ||
-      this.#checkpointing !== undefined
-    ) {
-      await Promise.allSettled([this.#flushing, this.#nextFlush, this.#checkpointing])
-    }
-    if (this.#failure === undefined) await this.checkpoint()
+    await this.#flushes.idle()
+    while (this.#checkpointing !== undefined) await Promise.allSettled([this.#checkpointing])
+    // Flushed first: what was written in place is no change of a map, so the checkpoint may find nothing to do.
+    if (this.#failure === undefined) await this.flush()
+    this.#throwIfFailed()
+    await this.checkpoint()
     this.#failure ??= new StoreError('SHUTTING_DOWN', 'the pool is closed')
   }
 
@@ -160,24 +185,22 @@ export class Ledger {
     }
   }
 
-  async #startNext(): Promise<void> {
-    this.#nextFlush = undefined
-    await this.flush()
-  }
-
   async #flushOnce(): Promise<void> {
     this.#throwIfFailed()
     const { journal } = this.#options
     const covered = journal.lastChangeSequence // rule 1: read before the sync begins
-    try {
-      await this.#options.syncMembers()
-      if (covered > this.#durable) {
+    const sync = ++this.#syncsBegun
+    await this.#memberSyncs.run()
+    if (covered > this.#durable) {
+      try {
         journal.mark(covered)
-        await journal.sync()
+      } catch (error) {
+        throw this.#fail(error)
       }
-    } catch (error) {
-      throw this.#fail(error)
+      await this.harden()
     }
+    this.#throwIfFailed()
+    this.#lastSync = Math.max(this.#lastSync, sync)
     this.#becameDurable(covered)
   }
 
@@ -188,24 +211,21 @@ export class Ledger {
     const extra = prepare?.() ?? {}
     const pages = source.takeDirtyPages()
     if (prepare === undefined && pages.length === 0 && sequence === store.checkpoint()) return
+    const sync = ++this.#syncsBegun
     try {
-      await this.#options.syncMembers()
-    } catch (error) {
-      source.returnDirtyPages(pages)
-      undo?.()
-      throw this.#fail(error)
-    }
-    try {
+      await this.#memberSyncs.run()
       await store.commit({ ...extra, pages: [...pages, ...(extra.pages ?? [])], sequence })
     } catch (error) {
       source.returnDirtyPages(pages)
       undo?.()
+      if (isIoError(error)) throw this.#fail(error)
       this.#retryAt = Date.now() + RETRY_MS
       if (!this.#checkpointFailed) this.#options.onTrouble('checkpoint', messageOf(error))
       this.#checkpointFailed = true
       throw error
     }
     this.#checkpointFailed = false
+    this.#lastSync = Math.max(this.#lastSync, sync)
     journal.checkpointed(sequence)
     this.#becameDurable(sequence)
   }
@@ -271,17 +291,42 @@ export class Ledger {
     this.#options.onDurable(sequence)
   }
 
-  #fail(error: unknown): StoreError {
-    if (this.#failure === undefined) {
-      this.#failure = new StoreError('MEMBER_IO', `the pool stopped taking flushes: ${messageOf(error)}`, {
-        cause: error,
-      })
-      this.#options.onTrouble('sync', messageOf(error))
+  async #syncMembers(): Promise<void> {
+    this.#throwIfFailed()
+    try {
+      await this.#options.syncMembers()
+    } catch (error) {
+      throw this.#failSync(error)
     }
-    return this.#failure
+  }
+
+  /** After a failed sync of members or journal; also where the ledger has failed already, of something else. */
+  #failSync(error: unknown): StoreError {
+    let untold = ''
+    try {
+      this.#options.journal.distrust()
+    } catch (why) {
+      if (!(why instanceof StoreError)) throw why
+      untold = ` (and the journal could not be told: ${messageOf(why)})`
+    }
+    return this.#fail(error, untold)
+  }
+
+  #fail(error: unknown, untold = ''): StoreError {
+    if (this.#failure !== undefined) return this.#failure
+    const failure = new StoreError('MEMBER_IO', `the pool takes no changes any more: ${messageOf(error)}`, {
+      cause: error,
+    })
+    this.#failure = failure
+    this.#options.onTrouble('sync', messageOf(error) + untold)
+    return failure
   }
 
   #throwIfFailed(): void {
     if (this.#failure !== undefined) throw this.#failure
   }
+}
+
+function isIoError(error: unknown): boolean {
+  return error instanceof StoreError && error.code === 'MEMBER_IO'
 }

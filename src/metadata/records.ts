@@ -1,8 +1,12 @@
 /**
  * The catalog's records, as JSON in LMDB. Fields are only ever added; a reader fills in what an older
- * writer did not know. What changes the meaning of existing fields raises METADATA_VERSION.
+ * writer did not know. What an older program must not overlook raises METADATA_VERSION; a pool of an older version gets the
+ * present one when it is opened to be served.
+ *
+ *   1   volumes, map and init pages
+ *   2   intents: pages of hot and suspect regions, records of both in the journal
  */
-export const METADATA_VERSION = 1
+export const METADATA_VERSION = 2
 
 export interface PoolRecord {
   readonly version: number
@@ -41,13 +45,25 @@ export interface VolumeRecord {
   readonly readOnly: boolean
   readonly runs: readonly SlotRun[] // thick only
   readonly formatter: { readonly state: FormatterState; readonly rate: number | null }
+  /** Absent where nobody needs intents. */
+  readonly intents?: IntentsRecord | undefined
 }
 
-/** Entries of a map page (a slot each, u32) and bits of an init page. */
+/** Regions that may be changed are announced on disk (intents.ts). */
+export interface IntentsRecord {
+  readonly regionUnits: number // format units of one region; a power of two
+  readonly needs: readonly string[] // who asked for it
+  /** Unclean stops whose hot regions nobody has acknowledged yet, and when the first of them was noticed (ISO 8601). */
+  readonly stops: number
+  readonly since: string | null
+}
+
+/** Entries of a map page (a slot each, u32), bits of an init page, bits of a page of regions. */
 export const MAP_PAGE_ENTRIES = 2048
 export const INIT_PAGE_BITS = 32768
+export const REGION_PAGE_BITS = 32768
 
-export type PageKind = 'map' | 'init'
+export type PageKind = 'map' | 'init' | 'hot' | 'suspect'
 
 /** One page of a medium's tables; `bytes` undefined means all zero, so it is not stored. */
 export interface MetadataPage {

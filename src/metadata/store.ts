@@ -34,10 +34,31 @@ export interface Commit {
   readonly nextId?: number
 }
 
-const KIND_NUMBER: Record<PageKind, number> = { map: 0, init: 1 }
+/** What a pool asks of its store. LMDB does it; the simulation has another one, which fails when it is told to. */
+export interface TransactionalStore {
+  pool(): PoolRecord
+  /** Last journal sequence that the stored pages contain. */
+  checkpoint(): number
+  nextId(): number
+  volumes(): Iterable<VolumeRecord>
+  /** All stored pages of a medium, each kind in order of index. */
+  pages(medium: number, kind: PageKind): Iterable<{ index: number; bytes: Buffer }>
+  /** Media that have pages. */
+  mediaWithPages(): Set<number>
+  /**
+   * One atomic transaction; durable when it resolves.
+   * @throws StoreError NO_SPACE or MEMBER_IO; nothing of it was stored then
+   */
+  commit(commit: Commit): Promise<void>
+  /** Removes the pages of media that no volume names (left by nobody; `check --repair` uses it). */
+  dropMedium(medium: number): Promise<void>
+  close(): Promise<void>
+}
+
+const KIND_NUMBER: Record<PageKind, number> = { map: 0, init: 1, hot: 2, suspect: 3 }
 type Key = string | (string | number)[]
 
-export class MetadataStore {
+export class MetadataStore implements TransactionalStore {
   readonly #root: RootDatabase<Buffer, Key>
   readonly #catalog: Database<Buffer, Key>
   readonly #pages: Database<Buffer, Key>
@@ -114,7 +135,6 @@ export class MetadataStore {
     }
   }
 
-  /** All stored pages of a medium, each kind in order of index. */
   *pages(medium: number, kind: PageKind): Generator<{ index: number; bytes: Buffer }> {
     const number = KIND_NUMBER[kind]
     for (const { key, value } of this.#pages.getRange({
@@ -126,17 +146,12 @@ export class MetadataStore {
     }
   }
 
-  /** Media that have pages. */
   mediaWithPages(): Set<number> {
     const media = new Set<number>()
     for (const key of this.#pages.getKeys()) if (Array.isArray(key)) media.add(Number(key[0]))
     return media
   }
 
-  /**
-   * One atomic transaction; durable when it resolves.
-   * @throws StoreError NO_SPACE or MEMBER_IO; nothing of it was stored then
-   */
   async commit(commit: Commit): Promise<void> {
     await this.#transaction((settled) => {
       const put = (key: Key, value: unknown): void => {
@@ -159,7 +174,6 @@ export class MetadataStore {
     })
   }
 
-  /** Removes the pages of media that no volume names (left by nobody; `check --repair` uses it). */
   async dropMedium(medium: number): Promise<void> {
     await this.#transaction((settled) => this.#dropPages(medium, settled))
   }

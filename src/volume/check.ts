@@ -1,11 +1,11 @@
 import { messageOf, StoreError, UserError } from '../base/errors.ts'
-import type { Change } from '../metadata/journal.ts'
+import { type Change, isIntent } from '../metadata/journal.ts'
 import type { MetadataPage, VolumeRecord } from '../metadata/records.ts'
 import { SlotAllocator } from '../stripe/allocator.ts'
 import { writeSuperblocks } from '../stripe/members.ts'
-import { misplaced } from './load.ts'
-import { closeParts, openPoolParts, type PoolParts } from './pool.ts'
-import { VolumeTables } from './tables.ts'
+import { type LoadedVolume, loadVolume, misplaced } from './load.ts'
+import { closeParts, openPoolParts, type PoolParts } from './pool-parts.ts'
+import type { VolumeTables } from './tables.ts'
 
 /**
  * Verifies an offline pool without guessing. What it looks at:
@@ -15,6 +15,7 @@ import { VolumeTables } from './tables.ts'
  *   journal     its changes fit the volumes
  *   slots       inside the pool, one owner each; a thick volume's are the reserved ones
  *   init bits   every stripe of a formatted unit has a slot; in a thin volume no other stripe has one
+ *   intents     hot and suspect regions only where the volume keeps intents
  *
  * Repair touches only what has one right answer: pages nobody names, slots nobody reads, a superblock's copy. Two owners of
  * a slot or a lost page are reported and left alone.
@@ -42,10 +43,15 @@ export interface CheckOptions {
 export async function checkPool(directory: string, options: CheckOptions = {}): Promise<CheckReport> {
   const parts = await openPoolParts(directory, 'check')
   try {
-    return await new Check(parts, options).run()
+    return await checkParts(parts, options)
   } finally {
     await closeParts(parts)
   }
+}
+
+/** The same for a pool whose parts are open. They stay open, and are good for nothing else afterwards. */
+export function checkParts(parts: PoolParts, options: CheckOptions = {}): Promise<CheckReport> {
+  return new Check(parts, options).run()
 }
 
 class Check {
@@ -115,7 +121,7 @@ class Check {
     const byMedium = new Map<number, Change[]>()
     try {
       const recovery = this.#parts.journal.recover(this.#parts.store.checkpoint())
-      for (const change of recovery.changes) {
+      for (const change of [...recovery.changes, ...recovery.intents]) {
         const list = byMedium.get(change.medium) ?? []
         list.push(change)
         byMedium.set(change.medium, list)
@@ -140,23 +146,17 @@ class Check {
 
   async #volume(record: VolumeRecord, changes: readonly Change[]): Promise<void> {
     const object = `volume ${record.name}`
-    const tables = new VolumeTables(record.medium, {
-      size: record.size,
-      stripeSize: this.#parts.geometry.stripeSize,
-      formatUnit: record.formatUnit,
-    })
+    let loaded: LoadedVolume
     try {
-      for (const kind of ['map', 'init'] as const) {
-        for (const page of this.#parts.store.pages(record.medium, kind))
-          tables.loadPage(kind, page.index, page.bytes)
-      }
+      loaded = loadVolume(this.#parts.store, record, this.#parts.geometry)
     } catch (error) {
       this.#error(object, explain(error))
       return
     }
-    tables.finishLoading()
+    const { tables } = loaded
+    await this.#intents(loaded, changes.filter(isIntent), object)
     if (!this.#unitsHaveSlots(tables, object)) return
-    for (const change of changes) tables.apply(change)
+    for (const change of changes) if (!isIntent(change)) tables.apply(change)
     for (const run of tables.slotRuns()) {
       this.#slotsUsed += run.count
       if (record.provision === 'thick') {
@@ -180,6 +180,38 @@ class Check {
       }
     }
     if (record.provision === 'thin') await this.#unreadSlots(tables, object)
+  }
+
+  async #intents(
+    { record, intents }: LoadedVolume,
+    changes: readonly Change[],
+    object: string,
+  ): Promise<void> {
+    if (intents === undefined) {
+      const { store } = this.#parts
+      const stale = (['hot', 'suspect'] as const).flatMap((kind) =>
+        [...store.pages(record.medium, kind)].map(({ index }) => ({ kind, index })),
+      )
+      if (stale.length === 0) return
+      if (this.#repair) {
+        const { medium } = record
+        await store.commit({ pages: stale.map((page) => ({ ...page, medium, bytes: undefined })) })
+      }
+      this.#error(object, `${stale.length} pages of regions, and it keeps no intents`, this.#repair)
+      return
+    }
+    for (const change of changes) intents.apply(change)
+    const { hotCount, suspectCount } = intents
+    if (hotCount > 0)
+      this.#note(
+        object,
+        `${hotCount} regions were hot when the daemon stopped; the next opening makes them suspect`,
+      )
+    if (suspectCount > 0)
+      this.#note(
+        object,
+        `${suspectCount} regions are suspect since an unclean stop; fullstripe volume map shows them`,
+      )
   }
 
   #unitsHaveSlots(tables: VolumeTables, object: string): boolean {

@@ -1,7 +1,8 @@
 import { StoreError } from '../base/errors.ts'
-import type { Journal } from '../metadata/journal.ts'
+import { IntentMap } from '../metadata/intents.ts'
+import type { Journal, Recovery } from '../metadata/journal.ts'
 import type { VolumeRecord } from '../metadata/records.ts'
-import type { MetadataStore } from '../metadata/store.ts'
+import type { TransactionalStore } from '../metadata/store.ts'
 import type { SlotAllocator } from '../stripe/allocator.ts'
 import type { Geometry } from '../stripe/geometry.ts'
 import { VolumeTables } from './tables.ts'
@@ -9,52 +10,55 @@ import { VolumeTables } from './tables.ts'
 /**
  * Brings the tables of all volumes into memory: pages from LMDB, then the journal's changes over them, then the
  * slots that they name are marked in the allocator. A slot that two owners name is damage, and nothing is opened.
- * The direct bits are set last: nothing in this release keeps a formatted stripe from being written in place.
+ * The direct bits are set last: nothing keeps a formatted stripe from being written in place, unless intents are needed; then
+ * all regions are cold.
  */
-export interface LoadedTables {
-  readonly records: readonly VolumeRecord[]
-  readonly tables: readonly VolumeTables[] // same order
-  readonly lastSequence: number // of the journal
-  readonly recovered: number // changes replayed
-  readonly dropped: number // frames that no flush had covered before the machine stopped
+export interface LoadedVolume {
+  readonly record: VolumeRecord
+  readonly tables: VolumeTables
+  readonly intents: IntentMap | undefined
 }
 
 export interface LoadSource {
-  readonly store: MetadataStore
+  readonly store: TransactionalStore
   readonly journal: Journal
   readonly geometry: Geometry
 }
 
-export function loadTables(source: LoadSource, allocator: SlotAllocator): LoadedTables {
+export function loadVolumes(
+  source: LoadSource,
+  allocator: SlotAllocator,
+): { readonly volumes: readonly LoadedVolume[]; readonly recovery: Recovery } {
   const { store, journal, geometry } = source
-  const records = [...store.volumes()]
-  const tables = records.map((record) => loadVolume(store, record, geometry))
-  const byMedium = new Map(tables.map((table) => [table.medium, table]))
+  const volumes = [...store.volumes()].map((record) => loadVolume(store, record, geometry))
+  const byMedium = new Map(volumes.map((volume) => [volume.tables.medium, volume]))
   const recovery = journal.recover(store.checkpoint())
-  // Changes of a medium that is gone were made before its volume was deleted.
-  for (const change of recovery.changes) byMedium.get(change.medium)?.apply(change)
-  records.forEach((record, index) => {
-    const table = tables[index]
-    if (table === undefined) return
-    claimSlots(record, table, allocator)
-    table.setAllDirect()
-  })
-  return {
-    records,
-    tables,
-    lastSequence: recovery.lastSequence,
-    recovered: recovery.changes.length,
-    dropped: recovery.dropped,
+  // Changes of a medium that is gone were made before its volume was deleted; the same holds for intents and their need.
+  for (const change of recovery.changes) byMedium.get(change.medium)?.tables.apply(change)
+  for (const change of recovery.intents) byMedium.get(change.medium)?.intents?.apply(change)
+  for (const { record, tables, intents } of volumes) {
+    claimSlots(record, tables, allocator)
+    if (intents === undefined) tables.setAllDirect()
   }
+  return { volumes, recovery }
 }
 
-function loadVolume(store: MetadataStore, record: VolumeRecord, geometry: Geometry): VolumeTables {
+/** What LMDB holds of a volume. @throws StoreError DAMAGED */
+export function loadVolume(
+  store: TransactionalStore,
+  record: VolumeRecord,
+  geometry: Geometry,
+): LoadedVolume {
   const { size, formatUnit, medium } = record
   const tables = new VolumeTables(medium, { size, stripeSize: geometry.stripeSize, formatUnit })
   for (const page of store.pages(medium, 'map')) tables.loadPage('map', page.index, page.bytes)
   for (const page of store.pages(medium, 'init')) tables.loadPage('init', page.index, page.bytes)
   tables.finishLoading()
-  return tables
+  if (record.intents === undefined) return { record, tables, intents: undefined }
+  const intents = new IntentMap(medium, record.intents.regionUnits, tables.unitCount)
+  for (const page of store.pages(medium, 'hot')) intents.loadPage('hot', page.index, page.bytes)
+  for (const page of store.pages(medium, 'suspect')) intents.loadPage('suspect', page.index, page.bytes)
+  return { record, tables, intents }
 }
 
 /** @throws StoreError DAMAGED when a slot is outside the pool, named twice, or not of the kind it should be */

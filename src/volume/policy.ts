@@ -1,24 +1,29 @@
 import { assert, unreachable } from '../base/assert.ts'
 import { messageOf, StoreError } from '../base/errors.ts'
-import { LIMITS } from '../base/limits.ts'
 import type { Datapath, ExportHandler, ExportId, Upcall } from '../datapath/datapath.ts'
 import { CHANGE, type Change } from '../metadata/journal.ts'
 import { ERRNO_OF, NBD_ERRNO } from '../nbd/errno.ts'
-import { FillDetector } from './fill-detector.ts'
+import type { IntentsTarget, VolumeIntents } from './intents.ts'
+import { Merger } from './merger.ts'
 import type { FreedRun } from './reclaimer.ts'
+import { type Part, type Request, Requests } from './requests.ts'
+import { consecutive, slotRunsOf } from './runs.ts'
 import { statusOf } from './status.ts'
 import type { VolumeTables } from './tables.ts'
+import { type Work, Works } from './works.ts'
 
 /**
  * The policy answers the upcalls of one volume. A request is cut into one *part* for each format unit it touches;
- * a unit with something going on has a *work*, which is in one of four states:
+ * a unit with something going on has a *work*, which is in one of five states:
  *
+ *   announcing  the intent of its region is not durable yet (only where intents are needed, intents.ts); parts wait
  *   gathering   not formatted; the parts collected here become one full-stripe write (DESIGN invariant 2)
  *   writing     that write is under way; later parts wait
  *   sharing     formatted; any number of parts are being written in place; a release waits behind them
  *   releasing   direct bits are cleared, barrier, record, bits cleared; later parts wait
  *
  *   none -> gathering -> writing -> none        none -> sharing -> none        none -> releasing -> none
+ *   none -> announcing -> none, and at once to where the waiting parts lead
  *
  * A unit without a work is written in place by the datapath alone where its direct bits are 1. Everything the
  * policy writes in place itself holds a `sharing` work. So a release excludes both: the first by clearing direct bits
@@ -28,6 +33,8 @@ import type { VolumeTables } from './tables.ts'
  * direct bits in the tables, then the reply. A failure before the record gives the slots back: nobody saw them.
  * Order of a release: direct bits cleared, barrier, record with init bit and slot cleared, reply; the slots
  * are handed to `freeLater`, which waits until the record is durable.
+ *
+ * Once the pool takes no changes any more (`refuse`), no direct bit is set again, and what would change something is answered with EIO.
  */
 export interface PolicyHost {
   readonly datapath: Datapath
@@ -39,38 +46,14 @@ export interface PolicyHost {
   freeLater(runs: readonly FreedRun[], sequence: number): void
   record(changes: readonly Change[], apply: (sequence: number) => void): Promise<number>
   flush(): Promise<void>
-  onTrouble(message: string): void
+  /** A request failed; what kind of failure, and a line. */
+  onTrouble(code: string, message: string): void
 }
 
 export interface PolicyVolume {
   readonly name: string
   readonly provision: 'thin' | 'thick'
   readonly fill: number
-}
-
-type PartKind = 'write' | 'zero' | 'release'
-
-interface Request {
-  readonly upcall: Upcall
-  readonly order: number // of arrival
-  outstanding: number // parts, and one while parts are being made
-  errno: number
-}
-
-interface Part {
-  readonly request: Request
-  readonly unit: number
-  readonly kind: PartKind
-}
-
-interface Work {
-  state: 'gathering' | 'writing' | 'sharing' | 'releasing'
-  readonly parts: Part[] // gathering, writing, releasing: answered when it ends
-  readonly queue: Part[] // dispatched again when it ends
-  readonly waiters: (() => void)[] // told when it ends
-  active: number // sharing: parts being written
-  covered: number // gathering: bytes that the parts bring
-  heldUntil: number // gathering: waits for its neighbours until then; 0 = not held
 }
 
 /** The id of a request that no client made. */
@@ -83,24 +66,39 @@ const FLAG_FAST_ZERO = 1 << 4
 /** Stripes of one release, and of one zero-writing step: bounds the work of a turn, a record in the journal, and memory. */
 const STRIPES_PER_STEP = 1024
 
-export class VolumePolicy implements ExportHandler {
+export class VolumePolicy implements ExportHandler, IntentsTarget {
   readonly #host: PolicyHost
   readonly #volume: PolicyVolume
-  readonly #fills = new FillDetector()
   #tables: VolumeTables
   #end: number // bytes; what reaches past it is refused
   #exportId: ExportId = -1
-  #works = new Map<number, Work>()
-  #gathering = new Set<number>()
+  readonly #requests = new Requests((request) => this.#answer(request))
+  readonly #works = new Works()
+  readonly #merger: Merger
   #releases: number[] = []
-  #order = 0
-  #holdTimer: NodeJS.Timeout | undefined
+  #intents: VolumeIntents | undefined
+  #refusing = false
+  #mergesPlanned = false
 
   constructor(host: PolicyHost, volume: PolicyVolume, tables: VolumeTables) {
     this.#host = host
     this.#volume = volume
     this.#tables = tables
     this.#end = tables.size
+    this.#merger = new Merger(
+      host,
+      {
+        tables: () => this.#tables,
+        exportId: () => this.#exportId,
+        setDirect: (unit) => this.#setDirect(unit),
+        finish: (unit, work, errno) => {
+          for (const part of work.parts) this.#requests.done(part, errno)
+          this.#finish(unit, work)
+        },
+        errnoOf: (error) => this.#errnoOf(error),
+      },
+      this.#works,
+    )
   }
 
   /** After `Datapath.openExport`, before the first session. */
@@ -112,6 +110,40 @@ export class VolumePolicy implements ExportHandler {
   useTables(tables: VolumeTables): void {
     this.#tables = tables
     this.#end = tables.size
+    if (this.#refusing) tables.clearDirectUnits(0, tables.unitCount)
+  }
+
+  /** Before the first session: every change is announced. */
+  useIntents(intents: VolumeIntents): void {
+    this.#intents = intents
+    this.#tables.requireIntents((unit) => intents.isHot(unit))
+  }
+
+  /** The same while clients write. Resolves when every change that was not announced is over. */
+  async requireIntents(intents: VolumeIntents): Promise<void> {
+    this.useIntents(intents)
+    this.#tables.clearDirectUnits(0, this.#tables.unitCount)
+    await this.#works.settled()
+    await this.#host.datapath.barrier()
+  }
+
+  /** From now on nothing is announced. */
+  releaseIntents(): void {
+    this.#intents = undefined
+    this.#tables.requireIntents(undefined)
+  }
+
+  /**
+   * From now on nothing is changed: the pool could not make durable what it has, and may lose it. Reads go on.
+   *
+   * The answer is EIO. EPERM, which is what an export that was read-only from the start answers, would be read as "you may not",
+   * by qemu and by programs behind it: something to report and go on after. EIO is what a failing disk says, and what everybody
+   * is prepared for: file systems abort their journal and remount read-only, qemu applies its `werror` policy (pauses the
+   * guest, or reports), databases stop. The Linux driver makes an I/O error of any of the two.
+   */
+  refuse(): void {
+    this.#refusing = true
+    this.#tables.clearDirectUnits(0, this.#tables.unitCount)
   }
 
   /** Refuses from now on what reaches past `size`, while the tables are still those of the larger volume. */
@@ -122,6 +154,10 @@ export class VolumePolicy implements ExportHandler {
 
   onUpcalls(upcalls: readonly Upcall[]): void {
     for (const upcall of upcalls) {
+      if (this.#refusing && upcall.kind !== 'sync' && upcall.kind !== 'status') {
+        this.#host.datapath.complete(upcall.id, NBD_ERRNO.EIO)
+        continue
+      }
       if (this.#reachesPast(upcall)) {
         // The volume shrank after the datapath had checked the range.
         this.#host.datapath.complete(upcall.id, errnoPastEnd(upcall))
@@ -145,7 +181,7 @@ export class VolumePolicy implements ExportHandler {
           unreachable(upcall.kind)
       }
     }
-    this.#startMerges()
+    this.#merger.start()
   }
 
   /**
@@ -157,12 +193,12 @@ export class VolumePolicy implements ExportHandler {
     for (let u = unit; u < unit + count; u++) {
       if (!this.#works.has(u) && !this.#tables.init.get(u)) units.push(u)
     }
-    for (const u of units) this.#works.set(u, newWork('writing'))
+    for (const u of units) this.#works.begin(u, 'writing')
     let done = 0
     let failed: number | undefined
     for (const run of consecutive(units)) {
       // Also after a failure: each of these units has a work now, which has to end.
-      if ((await this.#format(run)) === 0) done += run.length
+      if ((await this.#merger.format(run)) === 0) done += run.length
       else failed ??= run[0]
     }
     if (failed !== undefined)
@@ -173,10 +209,9 @@ export class VolumePolicy implements ExportHandler {
   /** Releases every unit from `unit` on, as a forced shrink does; after `limit`, so that none is begun behind its back. */
   async releaseFrom(unit: number): Promise<void> {
     // What was begun before: a unit that is just being formatted is not released until it is.
-    for (let busy = this.#busyFrom(unit); busy !== undefined; busy = this.#busyFrom(unit))
-      await this.#ended(busy)
+    await this.#works.idleFrom(unit)
     const nobody: Upcall = { id: NOBODY, kind: 'trim', flags: 0, offset: 0, length: 0, contexts: [] }
-    const request = this.#request(nobody)
+    const request = this.#requests.begin(nobody)
     await this.#releaseUnits(request, unit, this.#tables.unitCount)
     if (request.errno !== 0)
       throw new StoreError('MEMBER_IO', `volume ${this.#volume.name}: releasing the end failed`)
@@ -184,10 +219,8 @@ export class VolumePolicy implements ExportHandler {
 
   /** Runs `action` while nothing else changes the unit; in-place writes by the datapath go on. */
   async withUnit<T>(unit: number, action: () => Promise<T>): Promise<T> {
-    for (let busy = this.#works.get(unit); busy !== undefined; busy = this.#works.get(unit))
-      await this.#ended(busy)
-    const work = newWork('writing')
-    this.#works.set(unit, work)
+    await this.#works.idle(unit)
+    const work = this.#works.begin(unit, 'writing')
     try {
       return await action()
     } finally {
@@ -195,40 +228,31 @@ export class VolumePolicy implements ExportHandler {
     }
   }
 
-  #busyFrom(unit: number): Work | undefined {
-    for (const [at, work] of this.#works) if (at >= unit) return work
-    return undefined
-  }
-
-  #ended(work: Work): Promise<void> {
-    return new Promise((resolve) => work.waiters.push(resolve))
-  }
-
   /** Forgets timers; all upcalls were answered (Datapath.closeExport). */
   close(): void {
     assert(this.#works.size === 0, `volume ${this.#volume.name}: closed with work under way`)
-    clearTimeout(this.#holdTimer)
+    this.#merger.close()
   }
 
   // ---- requests ----------------------------------------------------------------------------------------
 
   #write(upcall: Upcall): void {
-    const request = this.#request(upcall)
-    const sequential = this.#fills.observe(upcall.offset, upcall.length)
+    const request = this.#requests.begin(upcall)
+    const sequential = this.#merger.observe(upcall.offset, upcall.length)
     const first = this.#unitAt(upcall.offset)
     const last = this.#unitAt(upcall.offset + upcall.length - 1)
     for (let unit = first; unit <= last; unit++) {
-      this.#dispatch(this.#part(request, unit, 'write'), sequential)
+      this.#dispatch(this.#requests.part(request, unit, 'write'), sequential)
     }
-    this.#partsMade(request)
+    this.#requests.made(request)
   }
 
   /** Trim and write-zeroes: whole units by clearing init bits, the rest by writing zeros. */
   #discard(upcall: Upcall): void {
-    const request = this.#request(upcall)
+    const request = this.#requests.begin(upcall)
     const { offset, length } = upcall
     const end = offset + length
-    const unitBytes = this.#unitBytes
+    const unitBytes = this.#tables.unitBytes
     const firstWhole = Math.ceil(offset / unitBytes)
     // The last unit is whole for a request that reaches the end of the volume.
     const endWhole = end === this.#tables.size ? this.#tables.unitCount : Math.floor(end / unitBytes)
@@ -242,7 +266,7 @@ export class VolumePolicy implements ExportHandler {
     if (firstWhole >= endWhole) {
       for (let unit = this.#unitAt(offset); unit <= this.#unitAt(end - 1); unit++)
         this.#dispatchZero(request, unit, writes)
-      this.#partsMade(request)
+      this.#requests.made(request)
       return
     }
     if (offset < firstWhole * unitBytes) this.#dispatchZero(request, firstWhole - 1, writes)
@@ -251,7 +275,7 @@ export class VolumePolicy implements ExportHandler {
     const whole = writes
       ? this.#zeroUnits(request, firstWhole, endWhole)
       : this.#releaseUnits(request, firstWhole, endWhole)
-    whole.then(() => this.#partsMade(request))
+    whole.then(() => this.#requests.made(request))
   }
 
   #needsWriting(offset: number, end: number, writes: boolean): boolean {
@@ -265,15 +289,16 @@ export class VolumePolicy implements ExportHandler {
   #dispatchZero(request: Request, unit: number, writes: boolean): void {
     // Unformatted and idle with fill 0 reads as zeros already.
     if (!writes && !this.#works.has(unit) && !this.#tables.init.get(unit)) return
-    this.#dispatch(this.#part(request, unit, 'zero'), false)
+    this.#dispatch(this.#requests.part(request, unit, 'zero'), false)
   }
 
   async #zeroUnits(request: Request, from: number, to: number): Promise<void> {
     for (let at = from; at < to && request.errno === 0; at += this.#unitsPerStep) {
       const end = Math.min(at + this.#unitsPerStep, to)
-      for (let unit = at; unit < end; unit++) this.#dispatch(this.#part(request, unit, 'zero'), false)
-      this.#startMerges()
-      await this.#partsDrained(request)
+      for (let unit = at; unit < end; unit++)
+        this.#dispatch(this.#requests.part(request, unit, 'zero'), false)
+      this.#merger.start()
+      await this.#requests.drained(request)
     }
   }
 
@@ -288,10 +313,10 @@ export class VolumePolicy implements ExportHandler {
     for (let at = next(from); at < to && request.errno === 0; at = next(at)) {
       // A unit that is being formatted right now is skipped: that write is not answered yet, so it may come after.
       for (let n = 0; n < this.#unitsPerStep && at < to; n++) {
-        this.#dispatch(this.#part(request, at, 'release'), false)
+        this.#dispatch(this.#requests.part(request, at, 'release'), false)
         at = next(at + 1)
       }
-      await this.#partsDrained(request)
+      await this.#requests.drained(request)
     }
   }
 
@@ -299,41 +324,50 @@ export class VolumePolicy implements ExportHandler {
 
   #dispatch(part: Part, sequential: boolean): void {
     const { upcall } = part.request
+    if (this.#refusing) {
+      this.#requests.done(part, NBD_ERRNO.EIO)
+      return
+    }
     // The volume shrank while the request was under way.
     if (this.#reachesPast(upcall)) {
-      this.#partDone(part, errnoPastEnd(upcall))
+      this.#requests.done(part, errnoPastEnd(upcall))
       return
     }
     const work = this.#works.get(part.unit)
-    if (work === undefined) {
-      const formatted = this.#tables.init.get(part.unit)
-      if (part.kind === 'release' && !formatted) {
-        this.#partDone(part, 0)
+    if (work === undefined && part.kind === 'release' && !this.#tables.init.get(part.unit)) {
+      this.#requests.done(part, 0)
+      return
+    }
+    if (this.#intents !== undefined && part.region === undefined) {
+      part.region = this.#intents.tryPin(part.unit)
+      if (part.region === undefined) {
+        // A work that began before intents were needed: what it does is waited for by whoever needs them.
+        if (work !== undefined) work.queue.push(part)
+        else this.#announce(this.#intents, part, sequential)
         return
       }
+    }
+    if (work === undefined) {
+      const formatted = this.#tables.init.get(part.unit)
       // The last unit may have grown since the request came, and what is behind is not the request's: zeros are written then.
       if (
         part.kind === 'release' &&
-        (upcall.id === NOBODY || this.#coveredBy(part) >= this.#bytesOf(part.unit))
+        (upcall.id === NOBODY || this.#coveredBy(part) >= this.#tables.bytesOf(part.unit))
       ) {
-        this.#works.set(part.unit, newWork('releasing', part))
+        this.#works.begin(part.unit, 'releasing', part)
         if (this.#releases.push(part.unit) === 1) queueMicrotask(() => this.#startReleases())
         return
       }
       if (formatted) {
-        const sharing = newWork('sharing')
-        this.#works.set(part.unit, sharing)
-        // Nothing in this release forbids it; the sharing work does not depend on it.
-        this.#tables.setDirect(part.unit)
+        const sharing = this.#works.begin(part.unit, 'sharing')
+        // The sharing work does not depend on it.
+        this.#setDirect(part.unit)
         this.#writeInPlace(sharing, part)
         return
       }
-      const gathering = newWork('gathering', part)
+      const gathering = this.#works.begin(part.unit, 'gathering', part)
       gathering.covered = this.#coveredBy(part)
-      if (sequential && this.#fills.worthHolding())
-        gathering.heldUntil = performance.now() + LIMITS.mergeHoldMs
-      this.#works.set(part.unit, gathering)
-      this.#gathering.add(part.unit)
+      this.#merger.gather(part.unit, gathering, sequential)
       return
     }
     if (work.state === 'gathering' && part.kind !== 'release') {
@@ -345,6 +379,57 @@ export class VolumePolicy implements ExportHandler {
       work.queue.push(part)
     }
   }
+
+  /** The part, and those for the same unit that come meanwhile, wait until the region is hot. */
+  #announce(intents: VolumeIntents, part: Part, sequential: boolean): void {
+    const { unit } = part
+    const work = this.#works.begin(unit, 'announcing')
+    work.queue.push(part)
+    intents.announce(unit, sequential).then(
+      () => {
+        this.#finish(unit, work, sequential)
+        // Those of its neighbours are about to end in the same turn, and their merges with them.
+        if (this.#mergesPlanned) return
+        this.#mergesPlanned = true
+        setImmediate(() => {
+          this.#mergesPlanned = false
+          this.#merger.start()
+        })
+      },
+      (error) => {
+        const errno = this.#errnoOf(error)
+        for (const waiting of work.queue.splice(0)) this.#requests.done(waiting, errno)
+        this.#finish(unit, work)
+      },
+    )
+  }
+
+  // ---- direct bits ---------------------------------------------------------------------------------------
+
+  /** Where nothing forbids it. */
+  #setDirect(unit: number): void {
+    if (!this.#refusing && this.#intents?.isHot(unit) !== false) this.#tables.setDirect(unit)
+  }
+
+  openUnits(first: number, count: number): void {
+    const { init, unitCount } = this.#tables
+    const end = Math.min(first + count, unitCount)
+    if (first >= end) return
+    for (let unit = init.nextSet(first, end); unit < end; unit = init.nextSet(unit + 1, end)) {
+      // A work keeps them clear for its own reasons, or sets them itself.
+      if (!this.#works.has(unit)) this.#setDirect(unit)
+    }
+  }
+
+  clearUnits(first: number, count: number): void {
+    this.#tables.clearDirectUnits(first, count)
+  }
+
+  areClear(first: number, count: number): boolean {
+    return this.#tables.areClear(first, count)
+  }
+
+  // ---- works ---------------------------------------------------------------------------------------------
 
   #writeInPlace(work: Work, part: Part): void {
     assert(work.state === 'sharing')
@@ -360,103 +445,10 @@ export class VolumePolicy implements ExportHandler {
     }
     Promise.allSettled(writes).then((results) => {
       const failed = results.find((result) => result.status === 'rejected')
-      this.#partDone(part, failed === undefined ? 0 : this.#errnoOf(failed.reason))
+      this.#requests.done(part, failed === undefined ? 0 : this.#errnoOf(failed.reason))
       work.active--
       if (work.active === 0) this.#finish(part.unit, work)
     })
-  }
-
-  /** Starts every gathered merge that is not held; neighbours go out in one write. */
-  #startMerges(): void {
-    if (this.#gathering.size === 0) return
-    const ready: number[] = []
-    let holdMs = 0
-    const now = performance.now()
-    for (const unit of this.#gathering) {
-      const work = this.#works.get(unit)
-      assert(work !== undefined && work.state === 'gathering')
-      const full = work.covered >= this.#bytesOf(unit)
-      if (!full && work.heldUntil > now && work.queue.length === 0) {
-        holdMs = Math.max(holdMs, work.heldUntil - now)
-        continue
-      }
-      if (work.heldUntil > 0) this.#fills.held(full)
-      ready.push(unit)
-    }
-    for (const unit of ready) {
-      this.#gathering.delete(unit)
-      const work = this.#works.get(unit)
-      assert(work !== undefined)
-      work.state = 'writing'
-    }
-    if (holdMs > 0 && this.#holdTimer === undefined) {
-      this.#holdTimer = setTimeout(() => {
-        this.#holdTimer = undefined
-        this.#startMerges()
-      }, Math.ceil(holdMs))
-    }
-    const unitsMax = Math.max(1, Math.floor(LIMITS.formatUnitBytesMax / this.#unitBytes))
-    for (const run of consecutive(
-      ready.sort((a, b) => a - b),
-      unitsMax,
-    )) {
-      this.#format(run)
-    }
-  }
-
-  /** Writes consecutive units whole and publishes them. Never rejects. @returns errno */
-  async #format(units: readonly number[]): Promise<number> {
-    const firstUnit = units[0] ?? 0
-    const works = units.map((unit) => {
-      const work = this.#works.get(unit)
-      assert(work !== undefined && work.state === 'writing')
-      return work
-    })
-    const first = firstUnit * this.#tables.formatUnit
-    const end = this.#tables.unitStripes(units[units.length - 1] ?? 0)
-    const count = end.first + end.count - first
-    let errno = 0
-    let slots: number[] | undefined
-    try {
-      slots = await this.#host.allocate(first, count)
-      assert(slots.length === count && !slots.includes(0))
-      const requests = new Set(works.flatMap((work) => work.parts.map((part) => part.request)))
-      const overlays = [...requests].sort((a, b) => a.order - b.order).map((request) => request.upcall.id)
-      await this.#host.datapath.formatUnit({ export: this.#exportId, stripe: first, slots, overlays })
-      const taken = slots
-      await this.#host.record(
-        formatChanges(this.#tables.medium, first, taken, firstUnit, units.length),
-        () => {
-          for (const run of slotRunsOf(first, taken)) this.#tables.setSlots(run.first, run.count, run.slot)
-          for (const unit of units) {
-            this.#tables.setFormatted(unit)
-            this.#tables.setDirect(unit)
-          }
-          slots = undefined // they belong to the volume now
-        },
-      )
-    } catch (error) {
-      if (slots !== undefined) this.#host.unallocate(slots)
-      // Almost full: what is left may still do for some of them.
-      if (
-        slots === undefined &&
-        units.length > 1 &&
-        error instanceof StoreError &&
-        error.code === 'NO_SPACE'
-      ) {
-        const half = units.length >> 1
-        const errnos = [await this.#format(units.slice(0, half)), await this.#format(units.slice(half))]
-        return Math.max(...errnos)
-      }
-      errno = this.#errnoOf(error)
-    }
-    units.forEach((unit, index) => {
-      const work = works[index]
-      if (work === undefined) return
-      for (const part of work.parts) this.#partDone(part, errno)
-      this.#finish(unit, work)
-    })
-    return errno
   }
 
   async #startReleases(): Promise<void> {
@@ -488,65 +480,30 @@ export class VolumePolicy implements ExportHandler {
         for (const change of changes) this.#tables.apply(change)
         this.#host.freeLater(freed, sequence)
       })
+      // The slots of a thick volume stay, and the next first write goes to them: reads that found the bits before they were
+      // cleared have to be over by then, or they would show that write before it is there for all.
+      if (this.#volume.provision === 'thick') await this.#host.datapath.barrier()
     } catch (error) {
       errno = this.#errnoOf(error)
     }
     for (const unit of units) {
       const work = this.#works.get(unit)
       assert(work !== undefined && work.state === 'releasing')
-      for (const part of work.parts) this.#partDone(part, errno)
+      for (const part of work.parts) this.#requests.done(part, errno)
       this.#finish(unit, work)
     }
-    this.#startMerges()
+    this.#merger.start()
   }
 
   /** The unit is idle again; what waited for that goes on, in order. */
-  #finish(unit: number, work: Work): void {
-    assert(this.#works.get(unit) === work && work.active === 0)
-    this.#works.delete(unit)
-    for (const wake of work.waiters) wake()
+  #finish(unit: number, work: Work, sequential = false): void {
+    this.#works.end(unit, work)
     if (work.queue.length === 0) return
-    for (const part of work.queue) this.#dispatch(part, false)
-    this.#startMerges()
+    for (const part of work.queue) this.#dispatch(part, sequential)
+    if (work.state !== 'announcing') this.#merger.start()
   }
 
   // ---- answers -------------------------------------------------------------------------------------------
-
-  #request(upcall: Upcall): Request {
-    return { upcall, order: this.#order++, outstanding: 1, errno: 0 }
-  }
-
-  #part(request: Request, unit: number, kind: PartKind): Part {
-    request.outstanding++
-    return { request, unit, kind }
-  }
-
-  #drained = new Map<Request, () => void>()
-
-  /** All parts made so far are done. */
-  #partsDrained(request: Request): Promise<void> {
-    if (request.outstanding === 1) return Promise.resolve()
-    return new Promise((resolve) => this.#drained.set(request, resolve))
-  }
-
-  #partDone(part: Part, errno: number): void {
-    const { request } = part
-    if (errno !== 0 && request.errno === 0) request.errno = errno
-    request.outstanding--
-    assert(request.outstanding >= 0)
-    if (request.outstanding === 1) {
-      const drained = this.#drained.get(request)
-      this.#drained.delete(request)
-      drained?.()
-    } else if (request.outstanding === 0) {
-      this.#answer(request)
-    }
-  }
-
-  #partsMade(request: Request): void {
-    request.outstanding--
-    if (request.outstanding === 0) this.#answer(request)
-  }
 
   #answer(request: Request): void {
     const { upcall } = request
@@ -564,15 +521,11 @@ export class VolumePolicy implements ExportHandler {
 
   #errnoOf(error: unknown): number {
     if (!(error instanceof StoreError)) throw error // our own bug: stop
-    this.#host.onTrouble(messageOf(error))
+    this.#host.onTrouble(error.code, messageOf(error))
     return ERRNO_OF[error.code]
   }
 
   // ---- arithmetic ----------------------------------------------------------------------------------------
-
-  get #unitBytes(): number {
-    return this.#tables.formatUnit * this.#tables.stripeSize
-  }
 
   get #unitsPerStep(): number {
     return Math.max(1, Math.floor(STRIPES_PER_STEP / this.#tables.formatUnit))
@@ -583,19 +536,14 @@ export class VolumePolicy implements ExportHandler {
   }
 
   #unitAt(offset: number): number {
-    return Math.floor(offset / this.#unitBytes)
-  }
-
-  /** Bytes of a unit that lie inside the volume. */
-  #bytesOf(unit: number): number {
-    return Math.min(this.#unitBytes, this.#tables.size - unit * this.#unitBytes)
+    return Math.floor(offset / this.#tables.unitBytes)
   }
 
   #coveredBy(part: Part): number {
-    const from = Math.max(part.request.upcall.offset, part.unit * this.#unitBytes)
+    const from = Math.max(part.request.upcall.offset, part.unit * this.#tables.unitBytes)
     const to = Math.min(
       part.request.upcall.offset + part.request.upcall.length,
-      (part.unit + 1) * this.#unitBytes,
+      (part.unit + 1) * this.#tables.unitBytes,
     )
     return to - from
   }
@@ -604,55 +552,4 @@ export class VolumePolicy implements ExportHandler {
 /** NBD specification, "Error values": a write past the end is told apart. */
 function errnoPastEnd(upcall: Upcall): number {
   return upcall.kind === 'write' ? NBD_ERRNO.ENOSPC : NBD_ERRNO.EINVAL
-}
-
-function newWork(state: Work['state'], part?: Part): Work {
-  return {
-    state,
-    parts: part === undefined ? [] : [part],
-    queue: [],
-    waiters: [],
-    active: 0,
-    covered: 0,
-    heldUntil: 0,
-  }
-}
-
-/** Cuts an ascending list into runs of consecutive numbers, none longer than `max`. */
-function* consecutive(sorted: readonly number[], max = Number.POSITIVE_INFINITY): Generator<number[]> {
-  let run: number[] = []
-  for (const value of sorted) {
-    if (run.length > 0 && (value !== (run[run.length - 1] ?? 0) + 1 || run.length >= max)) {
-      yield run
-      run = []
-    }
-    run.push(value)
-  }
-  if (run.length > 0) yield run
-}
-
-function* slotRunsOf(
-  first: number,
-  slots: readonly number[],
-): Generator<{ first: number; count: number; slot: number }> {
-  for (let at = 0; at < slots.length; ) {
-    const slot = slots[at] ?? 0
-    let count = 1
-    while (at + count < slots.length && slots[at + count] === slot + count) count++
-    yield { first: first + at, count, slot }
-    at += count
-  }
-}
-
-function formatChanges(
-  medium: number,
-  first: number,
-  slots: readonly number[],
-  unit: number,
-  units: number,
-): Change[] {
-  const changes: Change[] = []
-  for (const run of slotRunsOf(first, slots)) changes.push({ op: CHANGE.slots, medium, ...run })
-  changes.push({ op: CHANGE.formatted, medium, first: unit, count: units, slot: 0 })
-  return changes
 }

@@ -1,69 +1,38 @@
 import { randomUUID } from 'node:crypto'
-import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, statfsSync } from 'node:fs'
-import { dirname, join, resolve } from 'node:path'
 import type { Logger } from 'pino'
-import { messageOf, StoreError, systemCode, UserError } from '../base/errors.ts'
+import { messageOf, StoreError, UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
-import { acquireLock, type LockFile } from '../base/lock-file.ts'
 import { Mutex } from '../base/locks.ts'
 import { approximateSize } from '../base/sizes.ts'
-import type { Datapath } from '../datapath/datapath.ts'
+import { Throttle } from '../base/throttle.ts'
+import type { Datapath, StoreLayout } from '../datapath/datapath.ts'
 import { openDatapath } from '../datapath/open.ts'
-import { createJournalFile, Journal, openJournalFile } from '../metadata/journal.ts'
-import { Ledger } from '../metadata/ledger.ts'
-import { METADATA_VERSION, type PoolRecord, type VolumeRecord } from '../metadata/records.ts'
-import { MetadataStore } from '../metadata/store.ts'
+import { IntentMap, regionUnitsOf } from '../metadata/intents.ts'
+import { Ledger, type PageSource } from '../metadata/ledger.ts'
+import type { PoolRecord, VolumeRecord } from '../metadata/records.ts'
 import { SlotAllocator } from '../stripe/allocator.ts'
-import { createMembers } from '../stripe/create-members.ts'
-import { capacityOf, chunkOffsetOf, type Geometry } from '../stripe/geometry.ts'
-import type { Member } from '../stripe/member.ts'
-import { openMembers } from '../stripe/members.ts'
-import { loadTables } from './load.ts'
+import { chunkOffsetOf } from '../stripe/geometry.ts'
+import { HotSet, type HotSetOptions } from './hot-set.ts'
+import { OPERATOR } from './intents.ts'
+import { type PoolInfo, poolInfo } from './pool-info.ts'
+import { closeParts, descriptorOf, openPoolParts, type PoolParts } from './pool-parts.ts'
 import { Reclaimer } from './reclaimer.ts'
+import { recoverPool } from './recovery.ts'
 import { VolumeTables } from './tables.ts'
 import { checkVolumeSize, Volume, type VolumeHost } from './volume.ts'
 
 /**
- * A pool is one directory: metadata, two journal files, a lock, and members inside it or elsewhere.
- *
- *   POOL/lock  POOL/metadata/  POOL/journal-0  POOL/journal-1  POOL/member-0 ...
+ * A pool that is being served.
  *
  * Opening: lock, members, LMDB, journal recovery, checkpoint of what was recovered, journal started anew, slots counted
  * from the maps (there is no stored free list that could disagree with them), exports opened.
- * Closing: exports drained, flush, checkpoint, everything closed, unlock.
+ * Closing: exports drained, flush, hot regions cooled, checkpoint, everything closed, unlock.
+ *
+ * When a sync fails (ledger.ts, rule 4) all volumes are read-only from then on, until the pool is opened again.
  */
-export interface PoolCreateOptions {
-  readonly members?: readonly string[]
-  readonly parity?: 0 | 1 | 2
-  readonly chunkSize?: number // bytes
-  readonly capacity?: number // bytes
-}
-
-export interface PoolMemberInfo {
-  readonly index: number
-  readonly path: string
-  readonly kind: 'file' | 'device'
-  readonly size: number // bytes; logical for a sparse file
-  readonly state: 'online' | 'failed'
-}
-
-export interface PoolInfo {
-  readonly directory: string
-  readonly uuid: string
-  readonly version: number
-  readonly members: readonly PoolMemberInfo[]
-  readonly chunkSize: number
-  readonly dataMembers: number
-  readonly parityMembers: number
-  readonly stripeSize: number
-  readonly slots: number
-  readonly slotsUsed: number
-  readonly slotsReserved: number
-  readonly capacity: number // bytes
-  readonly used: number // bytes
-  readonly reserved: number // bytes that thick volumes hold, used or not
-  readonly fileSystemAvailable: number | null // bytes, where members are files
-}
+export { createPool, type PoolCreateOptions } from './create-pool.ts'
+export type { PoolInfo, PoolMemberInfo } from './pool-info.ts'
+export { closeParts, openPoolParts, type PoolParts } from './pool-parts.ts'
 
 export interface PoolEvent {
   readonly time: string // ISO 8601
@@ -78,6 +47,7 @@ export interface PoolOptions {
   readonly threads?: number
   readonly log: Logger
   readonly onEvent?: (event: PoolEvent) => void
+  readonly hotSet?: HotSetOptions
 }
 
 export interface VolumeCreateOptions {
@@ -87,152 +57,14 @@ export interface VolumeCreateOptions {
   readonly formatUnit?: number // stripes
   readonly fill?: number // byte
   readonly readOnly?: boolean
+  /** Regions that may hold changes that were not flushed are known after an unclean stop. */
+  readonly intents?: boolean
+  readonly regionSize?: number // bytes; of those regions
 }
 
 const SPACE_EVENTS_PERCENT = [80, 90, 95]
 /** Bytes that are worth a process to give them back to the file system. */
 const PUNCH_BY_PROCESS_MIN = 1 << 20
-
-const paths = (directory: string) => ({
-  lock: join(directory, 'lock'),
-  metadata: join(directory, 'metadata'),
-  journals: [join(directory, 'journal-0'), join(directory, 'journal-1')] as const,
-})
-
-/** @throws UserError EXISTS, USAGE, REFUSED or FAILED; what it had made is removed again */
-export async function createPool(directory: string, options: PoolCreateOptions = {}): Promise<PoolInfo> {
-  const at = resolve(directory)
-  const files = paths(at)
-  const existed = existsSync(at)
-  let lock: LockFile
-  try {
-    // Not recursive without need: then a read-only file system would be told of as a missing directory.
-    if (!existed) mkdirSync(at, { recursive: !existsSync(dirname(at)), mode: 0o700 })
-    assertEmpty(at) // before the lock file is made in somebody's directory
-    lock = acquireLock(files.lock, 'pool create')
-  } catch (error) {
-    if (error instanceof UserError) throw error
-    throw new UserError('FAILED', `cannot make the pool directory ${at}: ${messageOf(error)}`, {
-      cause: error,
-    })
-  }
-  // From here on everything in the directory but the lock file is ours to remove.
-  let undoMembers: (() => Promise<void>) | undefined
-  let mine = false
-  try {
-    assertEmpty(at) // under the lock: another creation may have finished in between
-    mine = true
-    const uuid = randomUUID()
-    const created = new Date()
-    const made = await createMembers({
-      directory: at,
-      uuid,
-      created: created.getTime(),
-      ...(options.members === undefined ? {} : { paths: options.members }),
-      ...(options.parity === undefined ? {} : { parity: options.parity }),
-      ...(options.chunkSize === undefined ? {} : { chunkSize: options.chunkSize }),
-      ...(options.capacity === undefined ? {} : { capacity: options.capacity }),
-    })
-    undoMembers = made.undo
-    for (const path of files.journals) createJournalFile(path)
-    const record: PoolRecord = {
-      version: METADATA_VERSION,
-      uuid,
-      created: created.toISOString(),
-      chunkSize: made.geometry.chunkSize,
-      dataMembers: made.geometry.dataMembers,
-      parityMembers: made.geometry.parityMembers,
-      dataOffset: made.geometry.dataOffset,
-      slots: made.geometry.slots,
-      generation: made.generation,
-      members: made.members.map((member) => member.path),
-    }
-    mkdirSync(files.metadata, { mode: 0o700 })
-    const store = await MetadataStore.create(files.metadata, record)
-    await store.close()
-    await made.keep()
-    return poolInfo(
-      at,
-      record,
-      made.geometry,
-      made.members.map((m) => ({ ...m, state: 'online' as const })),
-      undefined,
-    )
-  } catch (error) {
-    await undoMembers?.()
-    if (mine) {
-      for (const path of [...files.journals, files.metadata]) rmSync(path, { recursive: true, force: true })
-      // The lock file stays in a directory that was there before: whoever unlinks a lock lets a third process in.
-      if (!existed) rmSync(at, { recursive: true, force: true })
-    }
-    if (error instanceof UserError) throw error
-    throw new UserError('FAILED', `cannot create the pool ${at}: ${messageOf(error)}`, { cause: error })
-  } finally {
-    lock.release()
-  }
-}
-
-function assertEmpty(directory: string): void {
-  if (readdirSync(directory).some((name) => name !== 'lock' && name !== 'lost+found')) {
-    throw new UserError('EXISTS', `${directory} is not empty: give a new or an empty directory for the pool`)
-  }
-}
-
-/** Everything of a pool that an opening needs before volumes exist; `check` uses it too. */
-export interface PoolParts {
-  readonly directory: string
-  readonly lock: LockFile
-  readonly record: PoolRecord
-  readonly geometry: Geometry
-  readonly members: readonly Member[]
-  readonly memberNotes: readonly string[]
-  readonly store: MetadataStore
-  readonly journal: Journal
-}
-
-/** Locks and opens, changing nothing. @throws UserError that names what is missing, foreign, busy or damaged */
-export async function openPoolParts(directory: string, what: string): Promise<PoolParts> {
-  const at = resolve(directory)
-  const files = paths(at)
-  if (!existsSync(files.metadata)) {
-    const problem = existsSync(at) ? 'is not a pool (no metadata in it)' : 'does not exist'
-    throw new UserError('NOT_FOUND', `${at} ${problem}: create one with: fullstripe pool create ${directory}`)
-  }
-  const lock = acquireLock(files.lock, what)
-  let store: MetadataStore | undefined
-  let members: readonly Member[] = []
-  try {
-    store = await MetadataStore.open(files.metadata)
-    const record = store.pool()
-    const { chunkSize, dataMembers, parityMembers, dataOffset, slots } = record
-    const geometry: Geometry = {
-      chunkSize,
-      dataMembers,
-      parityMembers,
-      dataOffset,
-      slots,
-      stripeSize: chunkSize * dataMembers,
-    }
-    const opened = await openMembers(at, record.members, {
-      uuid: record.uuid,
-      generation: record.generation,
-      geometry,
-    })
-    members = opened.members
-    const journal = new Journal([openJournalFile(files.journals[0]), openJournalFile(files.journals[1])], {
-      pool: record.uuid,
-      bootId: readFileSync('/proc/sys/kernel/random/boot_id', 'latin1').trim(),
-    })
-    return { directory: at, lock, record, geometry, members, memberNotes: opened.notes, store, journal }
-  } catch (error) {
-    await Promise.all(members.map((member) => member.close()))
-    await store?.close()
-    lock.release()
-    if (error instanceof UserError) throw error
-    const hint = systemCode(error) === 'EROFS' ? '; the file system is read-only: remount it read-write' : ''
-    throw new UserError('FAILED', `cannot open the pool ${at}: ${messageOf(error)}${hint}`, { cause: error })
-  }
-}
 
 export class Pool {
   readonly directory: string
@@ -250,45 +82,56 @@ export class Pool {
   #nextId: number
   #spaceLevel = 0
   #failedMembers = new Map<number, string>()
+  readonly #record: PoolRecord
+  readonly #hotSet: HotSet
+  readonly #errorsSeen = new WeakMap<Volume, number>()
+  readonly #troubles = new Throttle(LIMITS.troubleEventMs)
+  #failure: string | undefined // why nothing is changed any more
 
-  private constructor(parts: PoolParts, datapath: Datapath, allocator: SlotAllocator, options: PoolOptions) {
+  private constructor(
+    parts: PoolParts,
+    record: PoolRecord,
+    datapath: Datapath,
+    allocator: SlotAllocator,
+    options: PoolOptions,
+  ) {
     this.directory = parts.directory
     this.datapath = datapath
     this.#parts = parts
+    this.#record = record
     this.#options = options
     this.#allocator = allocator
     this.#nextId = parts.store.nextId()
     this.#ledger = new Ledger({
       journal: parts.journal,
       store: parts.store,
-      source: {
-        dirtyPages: () => {
-          let count = 0
-          for (const tables of this.#allTables()) count += tables.dirtyPages
-          return count
-        },
-        takeDirtyPages: () => [...this.#allTables()].flatMap((tables) => tables.takeDirtyPages()),
-        returnDirtyPages: (pages) => {
-          const byMedium = new Map([...this.#allTables()].map((tables) => [tables.medium, tables]))
-          for (const page of pages) byMedium.get(page.medium)?.returnDirtyPage(page)
-        },
-      },
+      source: this.#pageSource(),
       syncMembers: () => datapath.sync(),
       onDurable: (sequence) => this.#reclaimer.onDurable(sequence),
       onTrouble: (kind, message) => {
-        const text =
-          kind === 'sync'
-            ? `${message}; flushes are refused from now on: restart the daemon once the cause is mended`
-            : message
-        this.#event('error', `metadata.${kind}`, this.directory, text)
+        if (kind === 'sync') this.#fail(message)
+        else this.#event('error', `metadata.${kind}`, this.directory, message)
       },
     })
+    this.#hotSet = new HotSet(
+      {
+        record: (changes, apply) => this.#ledger.record(changes, apply),
+        harden: () => this.#ledger.harden(),
+        barrier: () => datapath.barrier(),
+        flush: () => this.#ledger.flush(),
+        syncsBegun: () => this.#ledger.syncsBegun,
+        lastSync: () => this.#ledger.lastSync,
+        onTrouble: (message) => this.#trouble(this.directory, 'intents', message),
+      },
+      options.hotSet,
+    )
     this.#reclaimer = new Reclaimer(
       {
         datapath: {
           barrier: () => datapath.barrier(),
           punch: async (slot, count) =>
-            (await datapath.punch(slot, count)) || this.#punchMembers(slot, count),
+            this.#failure === undefined &&
+            ((await datapath.punch(slot, count)) || this.#punchMembers(slot, count)),
         },
         free: (slot, count, owner) => {
           if (owner === 'thin') this.#allocator.free(slot, count)
@@ -303,38 +146,42 @@ export class Pool {
 
   /** @throws UserError BUSY when another process has it, NOT_FOUND, REFUSED or FAILED with the reason */
   static async open(directory: string, options: PoolOptions): Promise<Pool> {
-    const parts = await openPoolParts(directory, 'serve')
+    return Pool.start(await openPoolParts(directory, 'serve'), options, (layout) =>
+      openDatapath(layout, {
+        mode: options.datapath,
+        ...(options.threads === undefined ? {} : { threads: options.threads }),
+      }),
+    )
+  }
+
+  /**
+   * Recovers and serves a pool whose parts are open; where that fails they are closed.
+   * @throws UserError REFUSED or FAILED with the reason
+   */
+  static async start(
+    parts: PoolParts,
+    options: PoolOptions,
+    datapathOver: (layout: StoreLayout) => Datapath,
+  ): Promise<Pool> {
     let datapath: Datapath | undefined
     let pool: Pool | undefined
     try {
       for (const note of parts.memberNotes) options.log.warn({ pool: parts.directory }, note)
       const allocator = new SlotAllocator(parts.geometry.slots)
-      const loaded = loadTables(parts, allocator)
-      if (loaded.recovered > 0 || loaded.dropped > 0) {
+      const recovered = await recoverPool(parts, allocator)
+      if (recovered.changes > 0 || recovered.dropped > 0) {
         options.log.info(
-          { pool: parts.directory, changes: loaded.recovered, dropped: loaded.dropped },
+          { pool: parts.directory, changes: recovered.changes, dropped: recovered.dropped },
           'recovered map changes from the journal',
         )
       }
-      if (loaded.lastSequence !== parts.store.checkpoint()) {
-        // What the journal brought back may speak of data that only the page cache holds: it becomes durable first, as
-        // before any other commit (ledger, rule 1).
-        for (const member of parts.members) await member.sync()
-        await parts.store.commit({
-          pages: loaded.tables.flatMap((tables) => tables.takeDirtyPages()),
-          sequence: loaded.lastSequence,
-        })
-      }
-      await parts.journal.start(loaded.lastSequence)
       const { chunkSize, dataMembers, parityMembers, dataOffset } = parts.geometry
-      datapath = openDatapath(
-        { memberFds: parts.members.map(descriptorOf), chunkSize, dataMembers, parityMembers, dataOffset },
-        { mode: options.datapath, ...(options.threads === undefined ? {} : { threads: options.threads }) },
-      )
-      pool = new Pool(parts, datapath, allocator, options)
-      for (const [index, record] of loaded.records.entries()) {
-        const tables = loaded.tables[index]
-        if (tables !== undefined) pool.#add(record, tables)
+      const memberFds = parts.members.map(descriptorOf)
+      datapath = datapathOver({ memberFds, chunkSize, dataMembers, parityMembers, dataOffset })
+      pool = new Pool(parts, recovered.record, datapath, allocator, options)
+      for (const { record, tables, intents, suspects } of recovered.volumes) {
+        const volume = pool.#add(record, tables, intents)
+        if (suspects > 0) pool.#tellSuspects(volume, suspects)
       }
       for (const volume of pool.volumes()) volume.resume()
       return pool
@@ -360,9 +207,10 @@ export class Pool {
       size,
       state: this.#failedMembers.has(index) ? ('failed' as const) : ('online' as const),
     }))
-    return poolInfo(this.directory, this.#parts.record, this.#parts.geometry, members, {
+    return poolInfo(this.directory, this.#record, this.#parts.geometry, members, {
       used: this.volumes().reduce((sum, volume) => sum + volume.info().stripesFormatted, 0),
       reserved: this.#allocator.reservedCount,
+      failure: this.#failure,
     })
   }
 
@@ -405,6 +253,9 @@ export class Pool {
           `the pool has ${this.#volumes.size} volumes, which is the most it can have: delete one first`,
         )
       }
+      const unitCount = Math.ceil(Math.ceil(size / stripeSize) / formatUnit)
+      const intents =
+        options.intents === true ? this.#newIntents(options, formatUnit * stripeSize) : undefined
       const stripes = Math.ceil(size / stripeSize)
       const runs =
         provision === 'thick'
@@ -424,14 +275,17 @@ export class Pool {
         readOnly,
         runs,
         formatter: { state: 'idle', rate: null },
+        intents,
       }
       try {
-        await this.#parts.store.commit({ putVolumes: [record], nextId: this.#nextId })
+        await this.#ledger.commit({ putVolumes: [record], nextId: this.#nextId })
       } catch (error) {
         for (const run of runs) this.#allocator.unreserve(run.slot, run.count)
         throw asUserError(error, `volume ${name} was not created`)
       }
-      const volume = this.#add(record, new VolumeTables(id, { size, stripeSize, formatUnit }))
+      const tables = new VolumeTables(id, { size, stripeSize, formatUnit })
+      const map = intents === undefined ? undefined : new IntentMap(id, intents.regionUnits, unitCount)
+      const volume = this.#add(record, tables, map)
       this.#event('info', 'volume.created', name, `${provision} volume of ${approximateSize(size)}`)
       this.#watchSpace()
       return volume
@@ -464,7 +318,7 @@ export class Pool {
       } catch (error) {
         // Still in the catalog: serve it again.
         this.#leaving.delete(volume)
-        this.#add(volume.record, volume.tables).resume()
+        this.#add(volume.record, volume.tables, volume.intentMap).resume()
         throw asUserError(error, `volume ${name} was not deleted`)
       }
       // The transaction is durable and the export closed: nothing refers to these slots any more.
@@ -496,13 +350,25 @@ export class Pool {
     })
   }
 
-  /** Looks after members that were removed or cut short while serving; the daemon calls it now and then. */
+  /**
+   * Looks after members that were removed or cut short while serving, and after requests that the datapath answered with an
+   * error by itself; the daemon calls it now and then.
+   */
   async probeMembers(): Promise<void> {
     for (const member of this.#parts.members) {
       const problem = await member.probe()
       if (problem === undefined || this.#failedMembers.has(member.index)) continue
       this.#failedMembers.set(member.index, problem)
       this.#event('error', 'member.failed', member.name, problem)
+    }
+    for (const volume of this.#volumes.values()) {
+      const { errors } = this.datapath.exportCounters(volume.exportId)
+      const before = this.#errorsSeen.get(volume) ?? 0
+      this.#errorsSeen.set(volume, errors)
+      if (errors > before) {
+        const count = errors - before === 1 ? 'one request was' : `${errors - before} requests were`
+        this.#event('warn', 'volume.errors', volume.name, `${count} answered with an error, ${errors} in all`)
+      }
     }
     this.#watchSpace()
   }
@@ -519,6 +385,8 @@ export class Pool {
         failure ??= error
       }
       await this.#reclaimer.reclaim().catch(note)
+      await this.#hotSet.close()
+      await this.#coolAll().catch(note)
       await this.#ledger.close().catch(note)
       await this.#reclaimer.close()
       await this.datapath.close()
@@ -532,8 +400,62 @@ export class Pool {
     return this.#changes.run(() => {
       // It waited for the end of the pool, without knowing.
       if (this.#closed) throw new UserError('BUSY', `the pool ${this.directory} is being closed`)
+      if (this.#failure !== undefined) {
+        throw new UserError('FAILED', `the pool ${this.directory} takes no changes: ${this.#failure}`)
+      }
       return action()
     })
+  }
+
+  /** Every volume is read-only from now on; what was flushed is safe. */
+  #fail(message: string): void {
+    this.#failure = `${message}; mend the cause, then restart the daemon: what was flushed is safe, later changes may be lost`
+    for (const volume of [...this.#volumes.values(), ...this.#leaving]) volume.refuse(this.#failure)
+    this.#event(
+      'error',
+      'pool.failed',
+      this.directory,
+      `all volumes are read-only, writes and flushes fail: ${this.#failure}`,
+    )
+  }
+
+  /** The daemon stops in order, everything is closed: the next opening suspects nothing. */
+  async #coolAll(): Promise<void> {
+    const maps = [...this.#volumes.values()].flatMap(({ intentMap }) => intentMap ?? [])
+    if (maps.every(({ hotCount }) => hotCount === 0)) return
+    let undo: (() => void)[] = []
+    await this.#ledger.checkpointWith(
+      () => {
+        undo = maps.map((map) => map.coolAll())
+        return {}
+      },
+      () => {
+        for (const back of undo) back()
+      },
+    )
+  }
+
+  #newIntents({ name, regionSize = LIMITS.intentRegionBytes }: VolumeCreateOptions, unitBytes: number) {
+    const { intentRegionBytesMin: min, intentRegionBytesMax: max } = LIMITS
+    if (!Number.isSafeInteger(regionSize) || regionSize < min || regionSize > max) {
+      const range = `${approximateSize(min)} to ${approximateSize(max)}`
+      throw new UserError(
+        'USAGE',
+        `volume ${name}: the size of a region has to be ${range}, not ${regionSize}`,
+      )
+    }
+    return { regionUnits: regionUnitsOf(unitBytes, regionSize), needs: [OPERATOR], stops: 0, since: null }
+  }
+
+  #tellSuspects(volume: Volume, count: number): void {
+    const { intents } = volume.info()
+    const size = approximateSize(count * (intents?.regionSize ?? 0))
+    this.#event(
+      'warn',
+      'volume.suspect',
+      volume.name,
+      `the daemon was not stopped in order: ${count} regions (${size}) may lack answered writes or hold unanswered ones; see: fullstripe volume map ${volume.name}`,
+    )
   }
 
   /** For a datapath that cannot: through the members, a process a call, so only where they are files, and the hole is worth it. */
@@ -547,14 +469,39 @@ export class Pool {
     return done.every((punched) => punched)
   }
 
-  *#allTables(): Generator<VolumeTables> {
-    for (const volume of this.#volumes.values()) yield volume.tables
-    for (const volume of this.#leaving) yield volume.tables
+  #pageSource(): PageSource {
+    return {
+      dirtyPages: () => {
+        let count = 0
+        for (const pages of this.#allPages()) count += pages.dirtyPages
+        return count
+      },
+      takeDirtyPages: () => [...this.#allPages()].flatMap((pages) => pages.takeDirtyPages()),
+      returnDirtyPages: (pages) => {
+        const byMedium = new Map<number, (VolumeTables | IntentMap)[]>()
+        for (const holder of this.#allPages()) {
+          byMedium.set(holder.medium, [...(byMedium.get(holder.medium) ?? []), holder])
+        }
+        // Each takes its own kinds only.
+        for (const page of pages)
+          for (const holder of byMedium.get(page.medium) ?? []) holder.returnDirtyPage(page)
+      },
+    }
   }
 
-  #add(record: VolumeRecord, tables: VolumeTables): Volume {
-    const volume = new Volume(this.#hostOf(record), record, tables)
+  *#allPages(): Generator<VolumeTables | IntentMap> {
+    for (const volumes of [this.#volumes.values(), this.#leaving]) {
+      for (const { tables, intentMap } of volumes) {
+        yield tables
+        if (intentMap !== undefined) yield intentMap
+      }
+    }
+  }
+
+  #add(record: VolumeRecord, tables: VolumeTables, intents: IntentMap | undefined): Volume {
+    const volume = new Volume(this.#hostOf(record), record, tables, intents)
     this.#volumes.set(record.name, volume)
+    if (this.#failure !== undefined) volume.refuse(this.#failure)
     return volume
   }
 
@@ -569,21 +516,32 @@ export class Pool {
       freeLater: (runs, sequence) => this.#reclaimer.freeLater(runs, sequence),
       record: (changes, apply) => this.#ledger.record(changes, apply),
       flush: () => this.#ledger.flush(),
-      save: (changed) => this.#parts.store.commit({ putVolumes: [changed] }),
+      hotSet: this.#hotSet,
+      save: (changed) => this.#ledger.commit({ putVolumes: [changed] }),
       reserveRun: (count) => this.#reserve(count, `volume ${record.name}`),
       unreserveRun: (slot, count) => this.#reclaimer.freeLater([{ slot, count, owner: 'thick' }], 0),
       checkpointWith: (prepare, undo) => this.#ledger.checkpointWith(prepare, undo),
       event: (level, kind, object, message) => this.#event(level, kind, object, message),
-      onTrouble: (message) => this.#options.log.warn({ pool: this.directory }, message),
+      onTrouble: (code, message) => this.#trouble(record.name, code, message),
     }
+  }
+
+  /** A request failed. A client that goes on trying must not fill the log: one line now and then for each kind of failure. */
+  #trouble(object: string, kind: string, message: string): void {
+    const suppressed = this.#troubles.pass(`${object} ${kind}`)
+    if (suppressed === undefined) return
+    const more = suppressed === 0 ? '' : ` (and ${suppressed} more like it since the last time)`
+    this.#event('warn', 'volume.error', object, `${message}${more}`)
   }
 
   /** Slots for a thin volume; where too few are free, those that wait to be freed are waited for. */
   async #allocate(count: number): Promise<number[]> {
+    this.#refuseSlots()
     let slots = this.#allocator.allocate(count)
     // Again and again: others take what becomes free meanwhile, and give back more.
     while (slots === undefined && this.#allocator.freeCount + this.#reclaimer.pendingSlots >= count) {
       await this.#reclaimer.reclaim()
+      this.#refuseSlots()
       slots = this.#allocator.allocate(count)
     }
     if (slots === undefined) {
@@ -597,7 +555,17 @@ export class Pool {
     return slots
   }
 
+  /**
+   * After a failure nobody gets a slot. What was to be stored then may be found stored at the next opening; slots that it names
+   * were given back here, and must not hold anything else by then.
+   */
+  #refuseSlots(): void {
+    if (this.#failure === undefined) return
+    throw new StoreError('MEMBER_IO', `the pool ${this.directory} takes no changes: ${this.#failure}`)
+  }
+
   #reserve(count: number, what: string): number {
+    this.#refuseSlots()
     const slot = this.#allocator.reserveRun(count)
     if (slot !== undefined) return slot
     const { stripeSize } = this.#parts.geometry
@@ -651,61 +619,9 @@ function printable(name: string): string {
   return JSON.stringify(name.length > 80 ? `${name.slice(0, 80)}...` : name)
 }
 
-function descriptorOf(member: Member): number {
-  if (member.fd === undefined)
-    throw new StoreError('NOT_SUPPORTED', `${member.name} has no file descriptor for the datapath`)
-  return member.fd
-}
-
-export async function closeParts(parts: PoolParts): Promise<void> {
-  parts.journal.close()
-  await parts.store.close()
-  await Promise.all(parts.members.map((member) => member.close()))
-  parts.lock.release()
-}
-
 function asUserError(error: unknown, what: string): UserError {
   if (error instanceof UserError) return error
   if (error instanceof StoreError)
     return new UserError('FAILED', `${what}: ${error.message}`, { cause: error })
   throw error
-}
-
-function poolInfo(
-  directory: string,
-  record: PoolRecord,
-  geometry: Geometry,
-  members: readonly PoolMemberInfo[],
-  slots: { used: number; reserved: number } | undefined,
-): PoolInfo {
-  const { stripeSize } = geometry
-  const used = slots?.used ?? 0
-  const reserved = slots?.reserved ?? 0
-  const file = members.find((member) => member.kind === 'file')
-  return {
-    directory,
-    uuid: record.uuid,
-    version: record.version,
-    members,
-    chunkSize: geometry.chunkSize,
-    dataMembers: geometry.dataMembers,
-    parityMembers: geometry.parityMembers,
-    stripeSize,
-    slots: geometry.slots - 1,
-    slotsUsed: used,
-    slotsReserved: reserved,
-    capacity: capacityOf(geometry),
-    used: used * stripeSize,
-    reserved: reserved * stripeSize,
-    fileSystemAvailable: file === undefined ? null : availableAt(resolve(directory, file.path)),
-  }
-}
-
-function availableAt(path: string): number | null {
-  try {
-    const stats = statfsSync(path)
-    return stats.bavail * stats.bsize
-  } catch {
-    return null // the member was removed; its own state says so
-  }
 }

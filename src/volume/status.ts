@@ -1,5 +1,6 @@
 import { LIMITS } from '../base/limits.ts'
 import type { StatusExtent, StatusResult, Upcall } from '../datapath/datapath.ts'
+import type { IntentMap } from '../metadata/intents.ts'
 import type { PolicyVolume } from './policy.ts'
 import type { VolumeTables } from './tables.ts'
 
@@ -25,18 +26,32 @@ export interface MapExtent {
   readonly offset: number // bytes
   readonly length: number // bytes
   readonly formatted: boolean
+  /** Hot when the daemon was stopped out of order, and not acknowledged since. Absent: no. */
+  readonly suspect?: true
 }
 
 /** Extents of [offset, offset + length): in order, no gaps, neighbours differ. */
-export function* mapExtents(tables: VolumeTables, offset: number, length: number): Generator<MapExtent> {
-  const unitBytes = tables.formatUnit * tables.stripeSize
+export function* mapExtents(
+  tables: VolumeTables,
+  offset: number,
+  length: number,
+  intents?: IntentMap,
+): Generator<MapExtent> {
+  const { unitBytes } = tables
   const end = Math.min(offset + length, tables.size)
   for (let at = offset; at < end; ) {
     const unit = Math.floor(at / unitBytes)
     const formatted = tables.init.get(unit)
     const next = formatted ? tables.init.nextClear(unit) : tables.init.nextSet(unit)
-    const stop = Math.min(end, next * unitBytes)
-    yield { offset: at, length: stop - at, formatted }
+    let stop = Math.min(end, next * unitBytes)
+    let suspect = false
+    if (intents !== undefined) {
+      const region = intents.regionOf(unit)
+      suspect = intents.isSuspect(region)
+      const other = suspect ? intents.nextTrusted(region) : intents.nextSuspect(region)
+      stop = Math.min(stop, other * intents.regionUnits * unitBytes)
+    }
+    yield { offset: at, length: stop - at, formatted, ...(suspect ? { suspect } : {}) }
     at = stop
   }
 }

@@ -47,6 +47,8 @@ export class VolumeTables {
   #dirtyCount = 0
   #formattedUnits = 0
   #mappedStripes = 0
+  /** Where intents are needed: whether that of a unit is durable. */
+  #announced: ((unit: number) => boolean) | undefined
   /** While the datapath moves over to larger or smaller tables, every change goes to these too. */
   #follower: VolumeTables | undefined
 
@@ -80,6 +82,15 @@ export class VolumeTables {
 
   get dirtyPages(): number {
     return this.#dirtyCount
+  }
+
+  get unitBytes(): number {
+    return this.formatUnit * this.stripeSize
+  }
+
+  /** Bytes of a unit that lie inside the volume. */
+  bytesOf(unit: number): number {
+    return Math.min(this.unitBytes, this.size - unit * this.unitBytes)
   }
 
   slotOf(stripe: number): number {
@@ -134,10 +145,17 @@ export class VolumeTables {
     if (this.#follower !== undefined && unit < this.#follower.unitCount) this.#follower.setReleased(unit)
   }
 
+  /** From now on direct bits are set only where `announced` says yes; undefined: everywhere. */
+  requireIntents(announced: ((unit: number) => boolean) | undefined): void {
+    this.#announced = announced
+    this.#follower?.requireIntents(announced)
+  }
+
   /** From now on writes to the unit go in place (DESIGN invariant 1). */
   setDirect(unit: number): void {
     const { first, count } = this.unitStripes(unit)
     assert(this.init.get(unit), 'direct bit without init')
+    assert(this.#announced?.(unit) !== false, 'direct bit without a durable intent')
     this.direct.setRange(first, first + count)
     if (this.#follower !== undefined && unit < this.#follower.unitCount) this.#follower.setDirect(unit)
   }
@@ -155,6 +173,21 @@ export class VolumeTables {
     const { first, count } = this.unitStripes(unit)
     this.direct.clearRange(first, first + count)
     if (this.#follower !== undefined && unit < this.#follower.unitCount) this.#follower.clearDirect(unit)
+  }
+
+  /** The same for all of [unit, unit + count); units past the end are ignored. */
+  clearDirectUnits(unit: number, count: number): void {
+    const end = Math.min((unit + count) * this.formatUnit, this.stripeCount)
+    const first = Math.min(unit * this.formatUnit, end)
+    this.direct.clearRange(first, end)
+    this.#follower?.clearDirectUnits(unit, count)
+  }
+
+  /** Whether no write to units [unit, unit + count) goes in place. */
+  areClear(unit: number, count: number): boolean {
+    const end = Math.min((unit + count) * this.formatUnit, this.stripeCount)
+    const first = Math.min(unit * this.formatUnit, end)
+    return this.direct.nextSet(first, end) === end
   }
 
   /** Runs `action` on the part of [first, first + count) stripes that this volume has. */
@@ -309,6 +342,7 @@ export class VolumeTables {
     for (let i = this.#dirtyInit.nextSet(0); i < this.#dirtyInit.length; i = this.#dirtyInit.nextSet(i + 1)) {
       if (i < next.#dirtyInit.length) next.#touch(next.#dirtyInit, i)
     }
+    next.#announced = this.#announced
     if (next.stripeCount < this.stripeCount) {
       // The stored pages at the cut hold what lies past it, too; growing again would bring it back.
       next.#touch(next.#dirtyMap, next.#dirtyMap.length - 1)

@@ -3,9 +3,12 @@ import { LIMITS } from '../base/limits.ts'
 import { Mutex } from '../base/locks.ts'
 import { formatSize } from '../base/sizes.ts'
 import type { Datapath, ExportCounters, ExportId } from '../datapath/datapath.ts'
+import { IntentMap, regionUnitsOf } from '../metadata/intents.ts'
 import type { SlotRun, VolumeRecord } from '../metadata/records.ts'
 import type { Commit } from '../metadata/store.ts'
 import { Formatter, type FormatterInfo } from './formatter.ts'
+import type { HotSet } from './hot-set.ts'
+import { OPERATOR, VolumeIntents } from './intents.ts'
 import { type PolicyHost, VolumePolicy } from './policy.ts'
 import type { FreedRun } from './reclaimer.ts'
 import { CONTEXTS, type MapExtent, mapExtents } from './status.ts'
@@ -17,6 +20,7 @@ import type { VolumeTables } from './tables.ts'
  */
 export interface VolumeHost extends PolicyHost {
   readonly stripeSize: number
+  readonly hotSet: HotSet
   /** Stores the changed record durably. */
   save(record: VolumeRecord): Promise<void>
   /** A contiguous run for a thick volume. @throws StoreError NO_SPACE */
@@ -30,6 +34,17 @@ export interface VolumeHost extends PolicyHost {
 export type { FormatterInfo } from './formatter.ts'
 export type { MapExtent } from './status.ts'
 
+/** Bytes and counts of what src/metadata/intents.ts keeps. */
+export interface IntentsInfo {
+  readonly regionSize: number // bytes
+  readonly hot: number // regions that may hold changes that are not durable
+  readonly hotMax: number // regions, of all volumes of the pool together
+  readonly announced: number // regions made hot since the volume was opened
+  readonly suspect: number // bytes
+  readonly stops: number // unclean ones, since the last acknowledgement
+  readonly since: string | null // when the first of them was noticed
+}
+
 export interface VolumeInfo {
   readonly name: string
   readonly uuid: string
@@ -39,6 +54,8 @@ export interface VolumeInfo {
   readonly stripeSize: number
   readonly fill: number
   readonly readOnly: boolean
+  readonly failure: string | null // why nothing is written any more, and what to do
+  readonly intents: IntentsInfo | null // null where nobody needs them
   readonly created: string
   readonly stripes: number
   readonly stripesFormatted: number
@@ -59,11 +76,20 @@ export class Volume {
   readonly contexts = CONTEXTS
   #record: VolumeRecord
   #tables: VolumeTables
+  #intentMap: IntentMap | undefined
+  #intents: VolumeIntents | undefined
+  #failure: string | undefined
 
-  constructor(host: VolumeHost, record: VolumeRecord, tables: VolumeTables) {
+  constructor(
+    host: VolumeHost,
+    record: VolumeRecord,
+    tables: VolumeTables,
+    intentMap: IntentMap | undefined,
+  ) {
     this.#host = host
     this.#record = record
     this.#tables = tables
+    this.#intentMap = intentMap
     this.#policy = new VolumePolicy(
       {
         datapath: host.datapath,
@@ -74,7 +100,7 @@ export class Volume {
         freeLater: (runs, sequence) => host.freeLater(runs, sequence),
         record: (changes, apply) => host.record(changes, apply),
         flush: () => host.flush(),
-        onTrouble: (message) => host.onTrouble(`volume ${this.name}: ${message}`),
+        onTrouble: (code, message) => host.onTrouble(code, message),
       },
       record,
       tables,
@@ -90,6 +116,11 @@ export class Volume {
       this.#policy,
     )
     this.#policy.bind(this.exportId)
+    if (intentMap !== undefined) {
+      tables.clearDirectUnits(0, tables.unitCount) // a volume that is served again had some
+      this.#intents = new VolumeIntents(host.hotSet, intentMap, this.#policy)
+      this.#policy.useIntents(this.#intents)
+    }
     this.#formatter = new Formatter(
       {
         unitBytes: record.formatUnit * host.stripeSize,
@@ -115,7 +146,10 @@ export class Volume {
     return this.#tables.size
   }
   get readOnly(): boolean {
-    return this.#record.readOnly
+    return this.#record.readOnly || this.#failure !== undefined
+  }
+  get intentMap(): IntentMap | undefined {
+    return this.#intentMap
   }
   get record(): VolumeRecord {
     return this.#record
@@ -132,6 +166,12 @@ export class Volume {
     if (this.#record.formatter.state === 'running') this.#formatter.resume()
   }
 
+  /** Nothing is changed any more; for what reason, a sentence. */
+  refuse(failure: string): void {
+    this.#failure = failure
+    this.#policy.refuse()
+  }
+
   info(): VolumeInfo {
     const { formattedUnits, unitCount, formatUnit, stripeCount } = this.#tables
     const lastUnitIn = unitCount > 0 && this.#tables.init.get(unitCount - 1)
@@ -146,6 +186,8 @@ export class Volume {
       stripeSize: this.#host.stripeSize,
       fill: this.#record.fill,
       readOnly: this.readOnly,
+      failure: this.#failure ?? null,
+      intents: this.#intentsInfo(),
       created: this.#record.created,
       stripes: stripeCount,
       stripesFormatted,
@@ -170,7 +212,7 @@ export class Volume {
         `volume ${this.name}: the range ${offset}+${length} is not inside its ${this.size} bytes`,
       )
     }
-    return mapExtents(this.#tables, offset, length)
+    return mapExtents(this.#tables, offset, length, this.#intentMap)
   }
 
   /** The formatted share (0..1) of `cells` equal parts, for a picture. */
@@ -188,6 +230,124 @@ export class Volume {
   flush(): Promise<void> {
     return this.#host.flush()
   }
+
+  // ---- intents --------------------------------------------------------------------------------------------
+
+  /**
+   * From when this resolves, every change is announced on disk before it goes anywhere, until `releaseIntents` with the same
+   * name, over restarts. What is hot at an unclean stop is what may differ then from what others have.
+   * @param regionSize bytes; counts only where nobody needs intents yet
+   */
+  needIntents(name: string, regionSize?: number): Promise<void> {
+    return this.#change(async () => {
+      const { intents } = this.#record
+      if (intents?.needs.includes(name)) return
+      if (intents !== undefined) {
+        await this.#save({ intents: { ...intents, needs: [...intents.needs, name] } })
+        return
+      }
+      const regionUnits = regionUnitsOf(this.#tables.unitBytes, regionSize)
+      const map = new IntentMap(this.#tables.medium, regionUnits, this.#tables.unitCount)
+      await this.#store(
+        { intents: { regionUnits, needs: [name], stops: 0, since: null } },
+        (putVolumes) => {
+          this.#intentMap = map
+          return { putVolumes }
+        },
+        () => {
+          this.#intentMap = undefined
+        },
+      )
+      this.#intents = new VolumeIntents(this.#host.hotSet, map, this.#policy)
+      await this.#policy.requireIntents(this.#intents)
+      await this.flush() // of what was written before it was announced
+    })
+  }
+
+  /** With the last need all is forgotten, suspect regions too. */
+  releaseIntents(name: string): Promise<void> {
+    return this.#change(async () => {
+      const { intents } = this.#record
+      if (intents === undefined || !intents.needs.includes(name)) return
+      const needs = intents.needs.filter((other) => other !== name)
+      if (needs.length > 0) {
+        await this.#save({ intents: { ...intents, needs } })
+        return
+      }
+      const map = this.#intentMap
+      await this.#store(
+        { intents: undefined },
+        (putVolumes) => {
+          this.#intentMap = undefined // no later checkpoint stores a page of it
+          return { putVolumes, pages: map?.removals() ?? [] }
+        },
+        () => {
+          this.#intentMap = map
+        },
+      )
+      this.#policy.releaseIntents()
+      this.#intents?.drop()
+      this.#intents = undefined
+    })
+  }
+
+  /** The operator's need. */
+  keepIntents(keep: boolean): Promise<void> {
+    return keep ? this.needIntents(OPERATOR) : this.releaseIntents(OPERATOR)
+  }
+
+  /**
+   * Whoever wanted to know which regions are suspect has dealt with them: from now on none is.
+   * @param stops how many unclean stops were known then
+   * @throws UserError REFUSED where there were more since, or nobody needs intents
+   */
+  acknowledge(stops?: number): Promise<void> {
+    return this.#change(async () => {
+      const { intents } = this.#record
+      const map = this.#intentMap
+      if (intents === undefined || map === undefined) {
+        throw new UserError(
+          'REFUSED',
+          `volume ${this.name} keeps no intents, so none of its regions are suspect: see fullstripe volume set --help`,
+        )
+      }
+      if (stops !== undefined && intents.stops > stops) {
+        throw new UserError(
+          'REFUSED',
+          `volume ${this.name}: the daemon was stopped out of order ${intents.stops} times by now, not ${stops}: look at the map again`,
+        )
+      }
+      let undo = (): void => {}
+      await this.#store(
+        { intents: { ...intents, stops: 0, since: null } },
+        (putVolumes) => {
+          undo = map.acknowledge()
+          return { putVolumes }
+        },
+        () => undo(),
+      )
+    })
+  }
+
+  #intentsInfo(): IntentsInfo | null {
+    const map = this.#intentMap
+    const { intents } = this.#record
+    if (map === undefined || intents === undefined) return null
+    const regionSize = map.regionUnits * this.#tables.unitBytes
+    const last = map.regionCount - 1
+    const cut = map.isSuspect(last) ? (last + 1) * regionSize - this.size : 0
+    return {
+      regionSize,
+      hot: map.hotCount,
+      hotMax: this.#host.hotSet.regionsMax,
+      announced: this.#intents?.announced ?? 0,
+      suspect: map.suspectCount * regionSize - cut,
+      stops: intents.stops,
+      since: intents.since,
+    }
+  }
+
+  // ---- formatter, size, name, end -------------------------------------------------------------------------
 
   async startFormatter(options: { rate?: number | null } = {}): Promise<void> {
     if (this.#record.provision === 'thin') {
@@ -244,6 +404,7 @@ export class Volume {
       await this.#formatter.stop()
       await this.#host.datapath.closeExport(this.exportId)
       this.#policy.close()
+      this.#intents?.drop() // what the disk says of them is for whoever closes the volume
     })
   }
 
@@ -272,10 +433,12 @@ export class Volume {
           const blank = Buffer.alloc(this.#host.stripeSize, this.#record.fill)
           for (const slot of slots) await this.#host.datapath.writeSlot(slot, 0, blank)
         }
+        let undoIntents = (): void => {}
         await this.#store(
           { size, runs },
           (putVolumes) => {
             const next = old.resized(size)
+            undoIntents = this.#intentMap?.resize(next.unitCount) ?? undoIntents
             next.follow(old) // the datapath looks at the old ones until `retable`
             slots.forEach((slot, index) => {
               next.setSlots(old.stripeCount + index, 1, slot)
@@ -284,6 +447,7 @@ export class Volume {
             return { putVolumes }
           },
           () => {
+            undoIntents()
             this.#tables.unfollow()
             this.#adopt(old)
           },
@@ -322,9 +486,11 @@ export class Volume {
           if (keep < run.count)
             unreserved.push({ stripe: run.stripe + keep, count: run.count - keep, slot: run.slot + keep })
         }
+        let undoIntents = (): void => {}
         await this.#store(
           { size, runs },
           (putVolumes) => {
+            undoIntents = this.#intentMap?.resize(next.unitCount) ?? undoIntents
             const cutEnd = Math.min(old.stripeCount, next.unitCount * old.formatUnit)
             for (let stripe = next.stripeCount; stripe < cutEnd; stripe++) {
               if (old.slotOf(stripe) !== 0 && this.#record.provision === 'thin') {
@@ -337,12 +503,14 @@ export class Volume {
             return { putVolumes, pages: old.pagesPast(next) }
           },
           () => {
+            undoIntents()
             next.unfollow()
             old.follow(next)
             this.#adopt(old)
           },
         )
         next.unfollow()
+        this.#intents?.drop(this.#intentMap?.regionCount)
       })
     } catch (error) {
       this.#policy.useTables(old)
@@ -360,7 +528,13 @@ export class Volume {
     const tail = tables.size - last * this.#host.stripeSize
     if (tables.slotOf(last) === 0 || tail === this.#host.stripeSize) return
     const blank = Buffer.alloc(this.#host.stripeSize - tail, this.#record.fill)
-    await this.#host.datapath.writeSlot(tables.slotOf(last), tail, blank)
+    // A change like any other, should the shrink fail: announced first.
+    const region = await this.#intents?.pin(tables.unitOf(last))
+    try {
+      await this.#host.datapath.writeSlot(tables.slotOf(last), tail, blank)
+    } finally {
+      if (region !== undefined) this.#intents?.unpin(region)
+    }
   }
 
   #adopt(tables: VolumeTables): void {

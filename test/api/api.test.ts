@@ -274,6 +274,7 @@ describe('the control API', () => {
       '/v1/volumes/{name}/format',
       '/v1/volumes/{name}/map',
       '/v1/volumes/{name}/resize',
+      '/v1/volumes/{name}/suspects',
     ])
     expect(Object.keys(document.paths['/v1/volumes/{name}'] ?? {}).sort()).toEqual(['delete', 'get', 'patch'])
     const map = document.paths['/v1/volumes/{name}/map']?.get

@@ -104,6 +104,31 @@ describe('journal on a failing disk', () => {
     expect(journalOn(files, 0).recover(whole).changes).toHaveLength(whole + 1)
   })
 
+  it('never takes what lies behind a gap for what a later life wrote under the same sequences', async () => {
+    const files: [PagedFile, PagedFile] = [new PagedFile(), new PagedFile()]
+    const first = journalOn(files, 0)
+    first.recover(0)
+    await first.start(0)
+    const whole = Math.floor((files[0].size - HEADER) / FRAME)
+    for (let i = 0; i < whole + 10; i++) first.append([change(i)])
+    // The first file's last page is lost, the second file is there.
+    files[0].powerCut((page) => page !== 2)
+    files[1].powerCut(() => true)
+
+    const second = journalOn(files, 1)
+    const { lastSequence } = second.recover(0)
+    expect(lastSequence).toBeLessThan(whole)
+    await second.start(lastSequence)
+    // The last ones have the sequences of the frames in the second file.
+    for (let sequence = lastSequence + 1; sequence <= whole + 5; sequence++) {
+      expect(second.append([change(5000 + sequence)])).toBe(sequence)
+    }
+    // Killed, when LMDB had everything up to where the second file begins.
+    expect(firsts(journalOn(files, 1).recover(whole).changes)).toEqual(
+      [1, 2, 3, 4, 5].map((i) => 5000 + whole + i),
+    )
+  })
+
   it('keeps what was recorded when the first frame of a new turn cannot be written', async () => {
     const files: [PagedFile, PagedFile] = [new PagedFile(), new PagedFile()]
     const journal = journalOn(files, 0)

@@ -1,6 +1,7 @@
 import { mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { crc32 } from 'node:zlib'
 import { afterEach, beforeEach, describe, expect, it } from 'vitest'
 import {
   CHANGE,
@@ -60,7 +61,7 @@ function reopened(files: [JournalFile, JournalFile], bootId = BOOT): Journal {
 
 async function started(files: [JournalFile, JournalFile]): Promise<Journal> {
   const journal = reopened(files)
-  expect(journal.recover(0)).toEqual({ changes: [], lastSequence: 0, dropped: 0 })
+  expect(journal.recover(0)).toEqual({ changes: [], intents: [], lastSequence: 0, dropped: 0 })
   await journal.start(0)
   return journal
 }
@@ -200,5 +201,99 @@ describe('journal files', () => {
     const again = reopened(open())
     expect(again.recover(0).changes).toEqual([change(5)])
     again.close()
+  })
+
+  it('gives back intents that were synced, also where no mark covers the changes next to them', async () => {
+    const files = memoryPair()
+    const journal = await started(files)
+    const hot = (first: number): Change => ({ op: CHANGE.hot, medium: 7, first, count: 1, slot: 0 })
+    journal.append([change(1)])
+    journal.mark(journal.lastSequence)
+    journal.append([hot(5), change(2)])
+    journal.append([{ ...hot(5), op: CHANGE.cool }])
+    await journal.sync()
+    journal.append([hot(6)]) // not synced
+    for (const file of files) file.powerCut()
+    const recovered = reopened(files, REBOOT).recover(0)
+    expect(recovered.changes).toEqual([change(1)])
+    expect(recovered.intents).toEqual([hot(5), { ...hot(5), op: CHANGE.cool }])
+    expect(recovered.dropped).toBe(1)
+    // Under the same kernel everything counts.
+    expect(reopened(files).recover(0).changes).toEqual([change(1), change(2)])
+  })
+
+  it('takes a restart for a power cut once it was told to trust the page cache no more', async () => {
+    const files = memoryPair()
+    const journal = await started(files)
+    journal.append([change(1)])
+    journal.mark(journal.lastSequence)
+    journal.append([change(2)])
+    journal.distrust()
+    const second = reopened(files)
+    expect(second.recover(0)).toMatchObject({ changes: [change(1)], dropped: 1, lastSequence: 4 })
+    await second.start(4) // LMDB has that
+    second.append([change(3)])
+    expect(reopened(files).recover(4).changes).toEqual([change(3)])
+  })
+
+  it('can be told so between recovery and start, too, in whichever file is the newer one', async () => {
+    for (const frames of [1, 40]) {
+      const files = memoryPair()
+      const journal = await started(files)
+      for (let i = 0; i < frames; i++) journal.append([change(i)])
+      const second = reopened(files)
+      const { lastSequence } = second.recover(0)
+      expect(lastSequence).toBe(frames)
+      second.distrust()
+      const third = reopened(files).recover(0)
+      expect(third).toMatchObject({ changes: [], dropped: frames, lastSequence: frames + 1 })
+    }
+  })
+
+  it('shares syncs, and never tries one again after one that failed', async () => {
+    const files = memoryPair()
+    const journal = await started(files)
+    let syncs = 0
+    let go = (): void => {}
+    files[0].sync = () => {
+      syncs++
+      return new Promise((resolve) => (go = resolve))
+    }
+    journal.append([change(1)])
+    const first = journal.sync()
+    const later = [2, 3, 4].map((i) => {
+      journal.append([change(i)])
+      return journal.sync()
+    })
+    go()
+    await first
+    await new Promise((resolve) => setImmediate(resolve))
+    expect(syncs).toBe(2)
+    go()
+    await Promise.all(later)
+    expect(syncs).toBe(2)
+
+    files[0].sync = () => Promise.reject(new Error('EIO'))
+    journal.append([change(5)])
+    await expect(journal.sync()).rejects.toMatchObject({ code: 'MEMBER_IO' })
+    files[0].sync = async () => {} // the kernel forgets
+    await expect(journal.sync()).rejects.toThrow(/sync failed: EIO/)
+    journal.append([change(6)])
+    await expect(journal.sync()).rejects.toThrow(/sync failed: EIO/)
+  })
+
+  it('refuses a file of a newer version, and takes one of an older', async () => {
+    const files = memoryPair()
+    const journal = await started(files)
+    journal.append([change(1)])
+    const rewrite = (version: number): void => {
+      const header = files[0].content.subarray(0, 4096)
+      header.writeUInt32LE(version, 8)
+      header.writeUInt32LE(crc32(header.subarray(0, 4092)), 4092)
+    }
+    rewrite(3)
+    expect(() => reopened(files).recover(0)).toThrow(/version 3 is newer/)
+    rewrite(1)
+    expect(reopened(files).recover(0).changes).toEqual([]) // frames speak of the header that they were written under
   })
 })

@@ -2,6 +2,7 @@ import { mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, beforeEach, describe, expect, it } from 'vitest'
+import { StoreError } from '../../src/base/errors.ts'
 import {
   CHANGE,
   type Change,
@@ -199,8 +200,8 @@ describe('ledger', () => {
     syncMembers = () => Promise.reject(new Error('EIO'))
     await expect(ledger.flush()).rejects.toThrow(/EIO/)
     syncMembers = async () => {} // the kernel forgets the error; we do not
-    await expect(ledger.flush()).rejects.toThrow(/stopped taking flushes/)
-    await expect(format(2)).rejects.toThrow(/stopped taking flushes/)
+    await expect(ledger.flush()).rejects.toThrow(/takes no changes/)
+    await expect(format(2)).rejects.toThrow(/takes no changes/)
     expect(ledger.durableSequence).toBe(0)
   })
 
@@ -213,5 +214,106 @@ describe('ledger', () => {
     expect(storedTables().slotOf(5)).toBe(77)
     expect(store.pool().generation).toBe(2)
     expect([...store.pages(9, 'map')]).toHaveLength(1)
+  })
+
+  it('makes records durable without their data when it is asked to harden', async () => {
+    const hot = { op: CHANGE.hot, medium: 1, first: 9, count: 1, slot: 0 }
+    await Promise.all([format(1), ledger.record([hot], () => {})])
+    syncMembers = () => Promise.reject(new Error('not asked for'))
+    await ledger.harden()
+    syncMembers = async () => {}
+    const recovered = openJournal(REBOOT).recover(0)
+    expect(recovered.intents).toEqual([hot])
+    expect(recovered.changes).toEqual([])
+    expect(steps).toEqual([])
+  })
+
+  it('counts syncs, so that others can tell what a later one covers', async () => {
+    expect([ledger.syncsBegun, ledger.lastSync]).toEqual([0, 0])
+    let release = (): void => {}
+    syncMembers = () => new Promise((resolve) => (release = resolve))
+    const flushed = ledger.flush()
+    expect([ledger.syncsBegun, ledger.lastSync]).toEqual([1, 0])
+    release()
+    await flushed
+    expect(ledger.lastSync).toBe(1)
+    syncMembers = async () => {}
+    await format(1)
+    await ledger.checkpoint()
+    expect([ledger.syncsBegun, ledger.lastSync]).toEqual([2, 2])
+  })
+
+  it('never syncs the members for a flush and a checkpoint at once: one of them would miss the error', async () => {
+    await format(1)
+    let running = 0
+    let most = 0
+    syncMembers = async () => {
+      most = Math.max(most, ++running)
+      await new Promise((resolve) => setImmediate(resolve))
+      running--
+      if (most > 0) throw new Error('EIO')
+    }
+    const outcomes = await Promise.allSettled([ledger.flush(), ledger.checkpoint(), ledger.flush()])
+    expect(outcomes.map(({ status }) => status)).toEqual(['rejected', 'rejected', 'rejected'])
+    expect(most).toBe(1)
+    expect(store.checkpoint()).toBe(0)
+    expect(steps.filter((step) => step.startsWith('sync: '))).toEqual(['sync: EIO'])
+  })
+
+  it('takes an I/O error of LMDB for a failed sync, and no room for what may pass', async () => {
+    await format(1)
+    const commit = store.commit.bind(store)
+    store.commit = () => Promise.reject(new StoreError('NO_SPACE', 'metadata: commit failed: MDB_MAP_FULL'))
+    await expect(ledger.checkpoint()).rejects.toMatchObject({ code: 'NO_SPACE' })
+    await expect(ledger.commit({})).rejects.toMatchObject({ code: 'NO_SPACE' })
+    await ledger.flush()
+    store.commit = () => Promise.reject(new StoreError('MEMBER_IO', 'metadata: commit failed: EIO'))
+    await expect(ledger.checkpoint()).rejects.toThrow(/takes no changes/)
+    store.commit = commit
+    await expect(ledger.flush()).rejects.toThrow(/takes no changes/)
+    await expect(ledger.commit({})).rejects.toThrow(/takes no changes/)
+    await expect(ledger.harden()).rejects.toThrow(/takes no changes/)
+  })
+
+  it('tells the journal of a failed sync: a restart under the same kernel takes only what was flushed', async () => {
+    await format(1)
+    await ledger.flush()
+    await format(2)
+    expect(
+      openJournal()
+        .recover(0)
+        .changes.filter(({ op }) => op === CHANGE.slots),
+    ).toHaveLength(2)
+    syncMembers = () => Promise.reject(new Error('EIO'))
+    await expect(ledger.flush()).rejects.toThrow(/EIO/)
+    const recovered = openJournal().recover(0)
+    expect(recovered.changes.filter(({ op }) => op === CHANGE.slots).map(({ first }) => first)).toEqual([1])
+    expect(recovered.dropped).toBe(1)
+  })
+
+  it('leaves the journal trusted when anything but a sync fails: a restart finds every answered write', async () => {
+    await format(1)
+    const { mark } = journal
+    journal.mark = () => {
+      throw new StoreError('MEMBER_IO', 'journal: write failed')
+    }
+    await expect(ledger.flush()).rejects.toThrow(/takes no changes/)
+    journal.mark = mark
+    expect(openJournal().recover(0)).toMatchObject({ dropped: 0 })
+  })
+
+  it('leaves the journal trusted when LMDB fails', async () => {
+    await format(1)
+    store.commit = () => Promise.reject(new StoreError('MEMBER_IO', 'metadata: commit failed: EIO'))
+    await expect(ledger.checkpoint()).rejects.toThrow(/takes no changes/)
+    expect(openJournal().recover(0)).toMatchObject({ dropped: 0 })
+  })
+
+  it('flushes when it closes, also where no map has changed', async () => {
+    await format(1)
+    await ledger.checkpoint()
+    steps = []
+    await ledger.close() // what was written in place since is nothing that a checkpoint knows of
+    expect(steps).toEqual(['sync'])
   })
 })

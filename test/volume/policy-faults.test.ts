@@ -1,7 +1,7 @@
-import { mkdtempSync, rmSync } from 'node:fs'
+import { mkdtempSync, rmSync, truncateSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { afterEach, beforeEach, describe, expect, it } from 'vitest'
+import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest'
 import { StoreError } from '../../src/base/errors.ts'
 import type { FormatUnit } from '../../src/datapath/datapath.ts'
 import type { NbdClient } from '../../src/nbd/client.ts'
@@ -17,6 +17,8 @@ const KiB = 1024
 const MiB = 1024 * KiB
 const STRIPE = 64 * KiB
 const broken = new StoreError('MEMBER_IO', 'member 0: no such luck')
+
+vi.setConfig({ testTimeout: 60_000 }) // much of it is processes and disks, on machines that do other things, too
 
 describe.each(DATAPATHS)('policy over %s', (datapath) => {
   let base: string
@@ -111,32 +113,169 @@ describe.each(DATAPATHS)('policy over %s', (datapath) => {
     expectSame(await readAll(client), expected, 'written again')
   })
 
-  it('promises nothing more after a failed sync, and has everything after a restart', async () => {
-    const client = await start({ size: 16 * STRIPE })
-    await client.write(Buffer.alloc(4 * STRIPE, 1), 0)
-    let fails = true
-    mend = failing(served.pool.datapath, 'sync', () => (fails ? broken : undefined))
-    await expect(client.flush()).rejects.toMatchObject({ code: 'MEMBER_IO' })
-    fails = false // the kernel forgets, this daemon does not
-    await expect(client.flush()).rejects.toMatchObject({ code: 'MEMBER_IO' })
-    await expect(client.write(Buffer.alloc(512, 2), 0, { durable: true })).rejects.toMatchObject({
-      code: 'MEMBER_IO',
+  describe('after a failed sync', () => {
+    /** A pool with four stripes flushed, four not, whose members cannot be synced for once. */
+    async function failed(volumeOptions: Partial<VolumeCreateOptions> = {}): Promise<NbdClient> {
+      const client = await start({ size: 16 * STRIPE, ...volumeOptions })
+      await client.write(Buffer.alloc(4 * STRIPE, 1), 0)
+      await client.flush()
+      await client.write(Buffer.alloc(4 * STRIPE, 2), 4 * STRIPE)
+      let left = 1
+      mend = failing(served.pool.datapath, 'sync', () => (left-- > 0 ? broken : undefined))
+      await expect(client.flush()).rejects.toMatchObject({ code: 'MEMBER_IO' })
+      return client // the kernel has forgotten it, this daemon has not
+    }
+    const io = { code: 'MEMBER_IO' } // EIO
+
+    it.each([{}, { intents: true }, { provision: 'thick' } as const])(
+      'takes no changes, and reads on: %o',
+      async (options) => {
+        const client = await failed(options)
+        // One that comes later is told at once that it may not write.
+        const late = await served.connect('v')
+        for (const each of [client, late]) {
+          const refused = each === client ? io : { code: 'READ_ONLY' }
+          await expect(each.write(Buffer.alloc(512, 3), 0)).rejects.toMatchObject(refused) // in place until now
+          await expect(each.write(Buffer.alloc(512, 3), 8 * STRIPE)).rejects.toMatchObject(refused)
+          await expect(each.write(Buffer.alloc(512, 3), 0, { durable: true })).rejects.toMatchObject(refused)
+          await expect(each.trim({ offset: 0, length: STRIPE })).rejects.toMatchObject(refused)
+          await expect(each.zero({ offset: 512, length: 512 })).rejects.toMatchObject(refused)
+          await expect(each.flush()).rejects.toMatchObject(io)
+          const expected = Buffer.alloc(16 * STRIPE)
+          expected.fill(1, 0, 4 * STRIPE).fill(2, 4 * STRIPE, 8 * STRIPE)
+          expectSame(await readAll(each), expected, 'while it is read-only')
+        }
+        await expect(served.pool.createVolume({ name: 'w', size: STRIPE })).rejects.toThrow(
+          /takes no changes.*restart/,
+        )
+        await expect(served.pool.deleteVolume('v', { force: true })).rejects.toThrow(/takes no changes/)
+        await expect(volume().resize(32 * STRIPE)).rejects.toMatchObject(io)
+        await expect(volume().rename('w')).rejects.toMatchObject(io)
+      },
+    )
+
+    it('says so wherever somebody may look, once', async () => {
+      await failed()
+      await (await served.connect('v')).flush().catch(() => {})
+      const words = /member 0: no such luck; mend the cause, then restart the daemon/
+      expect(served.events.map(({ kind, level }) => [kind, level])).toContainEqual(['pool.failed', 'error'])
+      expect(served.events.filter(({ kind }) => kind === 'pool.failed')).toHaveLength(1)
+      expect(served.events.find(({ kind }) => kind === 'pool.failed')?.message).toMatch(words)
+      expect(served.pool.info()).toMatchObject({ state: 'read-only' })
+      expect(served.pool.info().failure).toMatch(words)
+      expect(volume().info()).toMatchObject({ readOnly: true })
+      expect(volume().info().failure).toMatch(words)
+      expect((await served.connect('v')).readOnly).toBe(true)
     })
-    await expect(client.write(Buffer.alloc(512, 2), 8 * STRIPE)).rejects.toMatchObject({ code: 'MEMBER_IO' }) // it would need a record
-    await expect(client.trim({ offset: 0, length: STRIPE })).rejects.toMatchObject({ code: 'MEMBER_IO' })
-    await client.write(Buffer.alloc(512, 3), STRIPE) // in place: page cache, as ever
-    await expect(served.pool.createVolume({ name: 'w', size: STRIPE })).resolves.toBeDefined()
-    await expect(volume().resize(32 * STRIPE)).rejects.toMatchObject({ code: 'MEMBER_IO' })
-    await expect(served.pool.deleteVolume('w')).rejects.toThrow(/w was not deleted/)
-    expect(served.events.filter(({ kind }) => kind === 'metadata.sync')).toHaveLength(1)
-    await served.close()
+
+    it('has after a restart what was flushed, and nothing that may not be on the disk', async () => {
+      await failed()
+      mend()
+      await expect(served.close()).rejects.toThrow(/closed without a checkpoint.*no such luck/)
+      expect(await checkPool(directory)).toMatchObject({ status: 'clean', slotsUsed: 4 })
+      served = await ServedPool.open(directory, datapath)
+      const expected = Buffer.alloc(16 * STRIPE).fill(1, 0, 4 * STRIPE)
+      const client = await served.connect('v')
+      expectSame(await readAll(client), expected, 'after the restart')
+      expect(served.pool.info()).toMatchObject({ state: 'online', failure: null })
+      await client.write(Buffer.alloc(STRIPE, 5), 15 * STRIPE)
+      await client.flush()
+      await restart()
+      expected.fill(5, 15 * STRIPE)
+      expectSame(await readAll(await served.connect('v')), expected, 'healed')
+    })
+
+    it('ends the background formatter, which says why', async () => {
+      const client = await start({ size: 64 * STRIPE, provision: 'thick' }, 128 * STRIPE)
+      await volume().startFormatter({ rate: 20 * STRIPE })
+      mend = failing(served.pool.datapath, 'sync', () => broken)
+      await expect(client.flush()).rejects.toMatchObject(io)
+      await until(() => volume().info().formatter.state === 'failed', 'the formatter gives up')
+      mend()
+    })
+
+    it('lets nobody wait who was in the middle of something', async () => {
+      const client = await start({ size: 16 * STRIPE, intents: true })
+      await client.write(Buffer.alloc(4 * STRIPE, 1), 0)
+      const gate = new Gate(served.pool.datapath, 'sync')
+      const barrier = new Gate(served.pool.datapath, 'barrier')
+      mend = () => barrier.open()
+      const flushed = client.flush().catch((error: unknown) => error)
+      await until(() => gate.held.length > 0, 'a flush is under way')
+      const trimmed = client.trim({ offset: 0, length: 2 * STRIPE }).catch((error: unknown) => error)
+      await until(() => barrier.held.length > 0, 'a trim is under way')
+      const written = client.write(Buffer.alloc(STRIPE, 2), 0).catch((error: unknown) => error)
+      await isPending(written) // behind the trim
+      const undo = failing(served.pool.datapath, 'sync', () => broken)
+      gate.held.shift()?.() // this one goes on
+      gate.open()
+      undo()
+      const second = failing(served.pool.datapath, 'sync', () => broken)
+      await flushed
+      await expect(client.flush()).rejects.toMatchObject(io)
+      second()
+      barrier.open()
+      for (const outcome of await within(Promise.all([trimmed, written]), 'the answers')) {
+        expect(outcome).toMatchObject(io)
+      }
+    })
+  })
+
+  it('reads and writes on after errors of a member, and tells of them now and then', async () => {
+    const client = await start({ size: 64 * STRIPE })
+    await client.write(Buffer.alloc(STRIPE, 1), 0)
+    mend = failing(served.pool.datapath, 'formatUnit', () => broken)
+    for (let i = 0; i < 20; i++) {
+      await expect(client.write(Buffer.alloc(512, 1), STRIPE)).rejects.toMatchObject({ code: 'MEMBER_IO' })
+    }
     mend()
-    expect(await checkPool(directory)).toMatchObject({ status: 'clean', volumes: 2 })
+    const told = served.events.filter(({ kind }) => kind === 'volume.error')
+    expect(told).toMatchObject([{ object: 'v', level: 'warn', message: 'member 0: no such luck' }])
+    expect(served.pool.info().state).toBe('online')
+    await client.write(Buffer.alloc(STRIPE, 2), STRIPE)
+    await client.flush()
+    expect(volume().info().counters.errors).toBe(20)
+    for (let i = 0; i < 3; i++) await served.pool.probeMembers()
+    expect(served.events.filter(({ kind }) => kind === 'volume.errors')).toMatchObject([
+      { object: 'v', level: 'warn', message: '20 requests were answered with an error, 20 in all' },
+    ])
+  })
+
+  it('keeps serving with a full journal while LMDB takes nothing, and catches up', async () => {
+    await createPool(directory, { capacity: 16 * MiB, chunkSize: 4 * KiB })
+    for (const name of ['journal-0', 'journal-1']) truncateSync(join(directory, name), 64 * KiB)
     served = await ServedPool.open(directory, datapath)
-    const expected = Buffer.alloc(16 * STRIPE)
-    expected.fill(1, 0, 4 * STRIPE)
-    expected.fill(2, 0, 512) // refused as not durable; written all the same
-    expected.fill(3, STRIPE, STRIPE + 512)
+    await served.pool.createVolume({ name: 'v', size: 16 * MiB })
+    const client = await served.connect('v')
+    mend = failingCommits()
+    let written = 0
+    const expected = Buffer.alloc(16 * MiB)
+    for (; written < 4000; written++) {
+      // Every other stripe: each is a record of its own.
+      const at = written * 8 * KiB
+      if (at >= expected.length) break
+      const error = await client.write(Buffer.alloc(512, written % 251), at).catch((e: unknown) => e)
+      if (error !== undefined) {
+        expect(error).toMatchObject({ code: 'NO_SPACE' })
+        break
+      }
+      expected.fill(written % 251, at, at + 512)
+    }
+    expect(written).toBeGreaterThan(500)
+    expect(written).toBeLessThan(2000)
+    for (let i = 0; i < 20; i++) await client.flush() // room for its mark was kept
+    await client.write(Buffer.alloc(512, 9), 0) // in place
+    expected.fill(9, 0, 512)
+    await expect(client.trim({ offset: 0, length: 4 * KiB })).rejects.toMatchObject({ code: 'NO_SPACE' })
+    expectSame(await readAll(client), expected, 'while the journal is full')
+    expect(served.events.map(({ kind }) => kind)).toContain('metadata.checkpoint')
+    mend()
+    await until(async () => {
+      const error = await client.write(Buffer.alloc(512, 7), written * 8 * KiB).catch((e: unknown) => e)
+      return error === undefined
+    }, 'LMDB takes it all')
+    expected.fill(7, written * 8 * KiB, written * 8 * KiB + 512)
+    await restart()
     expectSame(await readAll(await served.connect('v')), expected, 'after a restart')
   })
 

@@ -1,0 +1,68 @@
+import { assert } from '../base/assert.ts'
+import type { Upcall } from '../datapath/datapath.ts'
+import type { Region } from './hot-set.ts'
+
+/** The requests that a policy has under way, each cut into parts, one a format unit. A request is answered when all its parts are done. */
+export type PartKind = 'write' | 'zero' | 'release'
+
+export interface Request {
+  readonly upcall: Upcall
+  readonly order: number // of arrival
+  outstanding: number // parts, and one while parts are being made
+  errno: number // of the first part that failed
+}
+
+export interface Part {
+  readonly request: Request
+  readonly unit: number
+  readonly kind: PartKind
+  /** Held until the part is done, where intents are needed. */
+  region: Region | undefined
+}
+
+export class Requests {
+  readonly #answer: (request: Request) => void
+  readonly #drained = new Map<Request, () => void>()
+  #order = 0
+
+  constructor(answer: (request: Request) => void) {
+    this.#answer = answer
+  }
+
+  begin(upcall: Upcall): Request {
+    return { upcall, order: this.#order++, outstanding: 1, errno: 0 }
+  }
+
+  part(request: Request, unit: number, kind: PartKind): Part {
+    request.outstanding++
+    return { request, unit, kind, region: undefined }
+  }
+
+  /** All parts made so far are done. */
+  drained(request: Request): Promise<void> {
+    if (request.outstanding === 1) return Promise.resolve()
+    return new Promise((resolve) => this.#drained.set(request, resolve))
+  }
+
+  /** There are no more parts to come. */
+  made(request: Request): void {
+    request.outstanding--
+    if (request.outstanding === 0) this.#answer(request)
+  }
+
+  done(part: Part, errno: number): void {
+    const { request, region } = part
+    part.region = undefined
+    region?.owner.unpin(region)
+    if (errno !== 0 && request.errno === 0) request.errno = errno
+    request.outstanding--
+    assert(request.outstanding >= 0)
+    if (request.outstanding === 1) {
+      const drained = this.#drained.get(request)
+      this.#drained.delete(request)
+      drained?.()
+    } else if (request.outstanding === 0) {
+      this.#answer(request)
+    }
+  }
+}
