@@ -61,6 +61,13 @@ void ChunkPool::give(Chunk* chunk) {
   free(chunk);
 }
 
+uint64_t ChunkPool::memoryOf(size_t capacity) const {
+  for (const Shelf& shelf : shelves_) {
+    if (capacity <= shelf.capacity) return shelf.capacity + Chunk::kHeaderSize;
+  }
+  return capacity + Chunk::kHeaderSize;
+}
+
 uint8_t* OutQueue::reserve(size_t bytes, size_t hint) {
   if (tail_ == nullptr || tail_->room() < bytes) append(pool_.take(bytes > hint ? bytes : hint));
   return tail_->data() + tail_->end;
@@ -77,6 +84,7 @@ void OutQueue::append(Chunk* chunk) {
   (tail_ == nullptr ? head_ : tail_->next) = chunk;
   tail_ = chunk;
   bytes_ += chunk->size();
+  memory_ += chunk->capacity + Chunk::kHeaderSize;
 }
 
 void OutQueue::splice(OutQueue& other) {
@@ -84,8 +92,10 @@ void OutQueue::splice(OutQueue& other) {
   (tail_ == nullptr ? head_ : tail_->next) = other.head_;
   tail_ = other.tail_;
   bytes_ += other.bytes_;
+  memory_ += other.memory_;
   other.head_ = other.tail_ = nullptr;
   other.bytes_ = 0;
+  other.memory_ = 0;
 }
 
 int OutQueue::gather(iovec* parts, int partsMax) {
@@ -107,6 +117,7 @@ void OutQueue::drop(size_t bytes) {
     Chunk* empty = head_;
     head_ = empty->next;
     if (head_ == nullptr) tail_ = nullptr;
+    memory_ -= empty->capacity + Chunk::kHeaderSize;
     pool_.give(empty);
   }
 }
@@ -119,6 +130,7 @@ void OutQueue::clear() {
   }
   tail_ = nullptr;
   bytes_ = 0;
+  memory_ = 0;
 }
 
 }  // namespace nbd

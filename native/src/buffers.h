@@ -28,6 +28,7 @@ struct Chunk {
 };
 
 constexpr uint32_t kSmallChunk = 4096 - Chunk::kHeaderSize;
+constexpr uint32_t kPieceChunk = 60 * 1024 - Chunk::kHeaderSize;
 constexpr uint32_t kMediumChunk = 264 * 1024 - Chunk::kHeaderSize;
 constexpr uint32_t kLargeChunk = 2112 * 1024 - Chunk::kHeaderSize;
 
@@ -41,6 +42,8 @@ class ChunkPool {
   /// A chunk of at least `capacity` bytes; empty.
   Chunk* take(size_t capacity);
   void give(Chunk* chunk);
+  /// The memory that such a chunk takes up.
+  uint64_t memoryOf(size_t capacity) const;
 
  private:
   struct Shelf {
@@ -49,7 +52,12 @@ class ChunkPool {
     uint32_t count = 0;
     Chunk* head = nullptr;
   };
-  Shelf shelves_[3] = {{kSmallChunk, 64}, {kMediumChunk, 8}, {kLargeChunk, 2}};
+  Shelf shelves_[6] = {{kSmallChunk, 64},
+                       {8192 - Chunk::kHeaderSize, 64},  // a page and its headers
+                       {kPieceChunk, 16},
+                       {kMediumChunk, 8},
+                       {1056 * 1024 - Chunk::kHeaderSize, 2},
+                       {kLargeChunk, 2}};
 };
 
 /// Replies in the order they will leave. Bytes are written in place: reserve, then commit what was used.
@@ -69,6 +77,8 @@ class OutQueue {
   void splice(OutQueue& other);
 
   size_t bytes() const { return bytes_; }
+  /// What its chunks take up.
+  uint64_t memory() const { return memory_; }
   bool empty() const { return bytes_ == 0; }
   /// Fills `parts` with the first bytes to send and returns how many parts.
   int gather(iovec* parts, int partsMax);
@@ -81,6 +91,7 @@ class OutQueue {
   Chunk* head_ = nullptr;
   Chunk* tail_ = nullptr;
   size_t bytes_ = 0;
+  uint64_t memory_ = 0;
 };
 
 }  // namespace nbd

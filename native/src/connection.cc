@@ -86,15 +86,19 @@ ExportCounters& Connection::counters() { return target_.counters[loop_.index()];
 
 bool Connection::blocked() const {
   const Limits& limits = loop_.shared().limits;
-  return stream_.active || waitsForMemory_ || inFlight_ >= limits.requestsInFlight || out_.bytes() > kOutHigh ||
-         inFlightBytes_ >= limits.payloadPerConnection;
+  return stream_.active || waitsForMemory_ || inFlight_ >= limits.requestsInFlight ||
+         inFlightBytes_ >= limits.payloadPerConnection ||
+         (!out_.empty() && out_.bytes() > (loop_.memoryLeft(0) ? kOutHigh : kMemoryAlways));
 }
 
 bool Connection::streamCanGoOn() const {
   return stream_.active && !stream_.waiting && !waitsForMemory_ && !broken_ && out_.empty();
 }
 
-bool Connection::stalled() const { return phase_ == Phase::Header ? blocked() : waitsForMemory_; }
+bool Connection::stalled() const {
+  if (phase_ == Phase::Header) return blocked();
+  return waitsForMemory_ || phase_ == Phase::PieceWait;
+}
 
 bool Connection::work() {
   while (state_ == State::Open) {
@@ -115,6 +119,9 @@ bool Connection::work() {
         break;
       case Phase::StatusPayload:
         more = takeStatusPayload();
+        break;
+      case Phase::PieceWait:
+        NBD_ASSERT(false);  // is stalled
         break;
       case Phase::ReadWait:
         more = retryRead();
@@ -157,6 +164,7 @@ void Connection::turn() {
     }
   }
   flush();
+  chargeReplies();
   // This flush may have made room for what stopped above: then no event says that it can go on.
   if ((state_ == State::Open && wasStalled && !stalled()) || streamCanGoOn()) loop_.touch(this);
   settleInput();
@@ -234,8 +242,8 @@ ssize_t Connection::receive() {
   size_t wanted = 0;
   if (phase_ == Phase::Gather && input_->size() == 0) {
     // The rest of a payload lands where it stays.
-    parts[partCount++] = {payload_->data() + gathered_, parser_.payloadLeft()};
-    wanted += parser_.payloadLeft();
+    parts[partCount++] = {payload_->data() + gathered_, payload_->size - gathered_};
+    wanted += payload_->size - gathered_;
   }
   parts[partCount++] = {input_->data() + input_->end, input_->room()};
   wanted += input_->room();
@@ -259,7 +267,7 @@ ssize_t Connection::receive() {
   if (static_cast<size_t>(got) < wanted && !hangupSeen_) readable_ = false;
   size_t left = static_cast<size_t>(got);
   if (partCount == 2) {
-    const size_t part = std::min<size_t>(left, parser_.payloadLeft());
+    const size_t part = std::min<size_t>(left, payload_->size - gathered_);
     gathered_ += part;
     parser_.consumed(part);
     left -= part;
@@ -452,7 +460,11 @@ Upcall* Connection::upcall(const Request& request, UpcallKind kind, uint64_t off
 void Connection::complete(Upcall* call, uint32_t error) {
   inFlight_--;
   if (call->charged > 0) discharge(call->charged);
-  reply(call->request, error);
+  if (call->piece) {
+    pieceDone(call, error);
+  } else {
+    reply(call->request, error);
+  }
   loop_.touch(this);
 }
 
@@ -476,22 +488,34 @@ void Connection::reply(const Request& request, uint32_t error) {
 
 // --- memory --------------------------------------------------------------------------------------------------------
 
+/// Never fails for at most kMemoryAlways of a connection that holds nothing.
 bool Connection::reserve(uint64_t bytes) {
   const bool alone = inFlightBytes_ == 0;
-  if ((alone || inFlightBytes_ + bytes <= loop_.shared().limits.payloadPerConnection) &&
-      loop_.reserveMemory(bytes, alone)) {
-    inFlightBytes_ += bytes;
-    return true;
-  }
-  waitsForMemory_ = true;
-  loop_.waitForMemory(this);
-  return false;
+  if (!alone && inFlightBytes_ + bytes > loop_.shared().limits.payloadPerConnection) return false;
+  if (!loop_.reserveMemory(bytes, alone)) return false;
+  inFlightBytes_ += bytes;
+  return true;
 }
 
 void Connection::discharge(uint64_t bytes) {
   NBD_ASSERT(bytes <= inFlightBytes_);
   inFlightBytes_ -= bytes;
+  waitsForMemory_ = false;
   loop_.releaseMemory(bytes);
+}
+
+/// Replies that the client does not take count against what all may hold together.
+void Connection::chargeReplies() {
+  // Prepared for a read that then had to wait for the disk.
+  if (out_.empty()) out_.clear();
+  const uint64_t bytes = out_.memory() + held_.memory();
+  if (bytes == replyBytesCharged_) return;
+  if (bytes > replyBytesCharged_) {
+    loop_.takeMemory(bytes - replyBytesCharged_);
+  } else {
+    loop_.releaseMemory(replyBytesCharged_ - bytes);
+  }
+  replyBytesCharged_ = bytes;
 }
 
 // --- output and end ------------------------------------------------------------------------------------------------
@@ -592,6 +616,7 @@ void Connection::abandon() {
   inFlight_ = 0;
   out_.clear();
   held_.clear();
+  chargeReplies();
 }
 
 void Connection::settle() {
@@ -602,6 +627,9 @@ void Connection::settle() {
   }
   if (state_ != State::Flushing || !(out_.empty() || broken_)) return;
   enter(State::Closed);
+  out_.clear();
+  held_.clear();
+  chargeReplies();
   epoll_ctl(loop_.epollFd(), EPOLL_CTL_DEL, fd_, nullptr);
   ::close(fd_);
   fd_ = -1;

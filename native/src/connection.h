@@ -12,7 +12,13 @@
 //   Gather         from the first piece with a direct bit of 0: the rest becomes one upcall
 //   Discard        the payload of a request that is answered with an error
 //   StatusPayload  the context filter of an extended BLOCK_STATUS
+//   PieceWait      a piece of a large payload is with the policy, the rest follows when it is done
 //   ReadWait       a read that waits for memory
+//
+// Memory for payloads and replies is counted, a connection and altogether (shared.h). Where there is none, a connection
+// that holds some waits for its own requests, which never need more; one that holds none goes on with the little that is
+// always there, in pieces: payloads as several upcalls, reads as streams. So nobody ever waits for another client, who
+// may have stopped for good.
 //
 // Nothing is held while the client stalls: direct bits are looked at when the bytes of a piece are there, and a member
 // access begins and ends between two looks at the command queue.
@@ -62,7 +68,6 @@ class Connection {
   void completeStatus(Upcall* upcall, const std::vector<uint8_t>& body);
   void readFinished(ReadJob* job);
   void adviseFinished(AdviseJob* job);
-  void memoryAvailable() { waitsForMemory_ = false; }
 
   /// No more requests are read; those in flight are answered.
   void end(SessionEnd reason);
@@ -85,7 +90,7 @@ class Connection {
   size_t place = 0;
 
  private:
-  enum class Phase : uint8_t { Header, InPlace, Gather, Discard, StatusPayload, ReadWait };
+  enum class Phase : uint8_t { Header, InPlace, Gather, Discard, StatusPayload, PieceWait, ReadWait };
 
   /// A read above kReadWholeMax, or a piece of one. `raw`: nothing may come between its bytes (simple mode, DF).
   struct Stream {
@@ -106,6 +111,7 @@ class Connection {
   bool stalled() const;
   bool streamCanGoOn() const;
   bool reserve(uint64_t bytes);
+  void chargeReplies();
   bool takeRequest();
   void execute();
   ssize_t receive();
@@ -134,6 +140,7 @@ class Connection {
   bool mapDirect(const Tables& tables, uint64_t offset, uint64_t length, uint8_t* data, Segments& segments) const;
   void writeDone();
   void gatherDone();
+  void pieceDone(const Upcall* call, uint32_t error);
 
   // connection_read.cc
   struct Plan {
@@ -149,6 +156,7 @@ class Connection {
   void widen();
   bool retryRead();
   bool readLater(const Request& request, const Part& part, bool stream);
+  void readWithLittle(const Request& request);
   size_t planBound(const Request& request, uint64_t length) const;
   Plan planRead(uint8_t* at, const Request& request, const Part& part, Segments& segments);
   Plan planRaw(uint8_t* at, const Request& request, const Part& part, const Tables& tables, Segments& segments);
@@ -180,7 +188,7 @@ class Connection {
   bool local_ = false;  // a unix socket
   bool widenTried_ = false;
   bool wide_ = false;  // its buffer in the kernel is counted
-  bool waitsForMemory_ = false;
+  bool waitsForMemory_ = false;  // until a request of this connection gives some back
   uint64_t deadline_ = 0;       // microseconds; 0 = none
 
   Chunk* input_ = nullptr;
@@ -189,6 +197,7 @@ class Connection {
 
   uint32_t inFlight_ = 0;
   uint64_t inFlightBytes_ = 0;
+  uint64_t replyBytesCharged_ = 0;  // memory of out_ and held_
 
   Request current_;          // of the phases after Header
   uint64_t writeOffset_ = 0;  // InPlace: where the next piece goes; Gather: where the payload begins

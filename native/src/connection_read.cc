@@ -1,5 +1,6 @@
 // Reads. Up to kReadWholeMax a reply is prepared in one run of memory and leaves only when all its bytes are there, so
-// any error can still be reported. Above, it is streamed piece by piece, as fast as the client takes it.
+// any error can still be reported. Above, and where memory is short, it is streamed piece by piece, as fast as the client
+// takes it.
 //
 // Each piece is read at once where the data is cached; otherwise the piece is prepared again in a chunk of its own, which
 // an engine fills. Slots are looked up when the access begins, and the access counts in an epoch until it ends.
@@ -18,6 +19,7 @@ namespace {
 
 constexpr uint64_t kReadWholeMax = 2 << 20;
 constexpr uint64_t kStreamPiece = 512 * 1024;
+constexpr uint64_t kStreamPieceSmall = 48 * 1024;  // where memory is short: with its headers a kPieceChunk
 constexpr int kStreamPieces = 8;  // in one turn
 constexpr uint64_t kLargeReply = 256 * 1024;
 constexpr int kLargeReplyRoom = 1 << 20;  // the kernel doubles it, for what it keeps beside the bytes
@@ -131,7 +133,7 @@ void Connection::executeRead(const Request& request) {
   counters().reads.add(1);
   counters().readBytes.add(request.length);
   if (request.length >= kLargeReply) widen();
-  if (request.length > kReadWholeMax) {
+  if (request.length > kReadWholeMax || (request.length > kStreamPieceSmall && !loop_.memoryLeft(request.length))) {
     startStream(request);
     return;
   }
@@ -152,7 +154,7 @@ void Connection::executeRead(const Request& request) {
       readFailed(request);
       return;
     case MemberIo::ReadResult::WouldBlock:
-      if (!readLater(request, part, false)) phase_ = Phase::ReadWait;
+      if (!readLater(request, part, false)) readWithLittle(request);
       return;
   }
 }
@@ -173,10 +175,20 @@ void Connection::widen() {
   setsockopt(fd_, SOL_SOCKET, SO_SNDBUF, &kLargeReplyRoom, sizeof kLargeReplyRoom);
 }
 
+/// There is no memory for the whole reply.
+void Connection::readWithLittle(const Request& request) {
+  if (inFlightBytes_ > 0) {
+    waitsForMemory_ = true;
+    phase_ = Phase::ReadWait;
+  } else {
+    startStream(request);
+  }
+}
+
 bool Connection::retryRead() {
   const Part part{current_.offset, current_.length, true, true};
-  if (!readLater(current_, part, false)) return false;
   phase_ = Phase::Header;
+  if (!readLater(current_, part, false)) readWithLittle(current_);
   return true;
 }
 
@@ -185,12 +197,14 @@ void Connection::readFailed(const Request& request) { reply(request, kEio); }
 /// Hands a part to an engine; false where there is no memory for it yet.
 bool Connection::readLater(const Request& request, const Part& part, bool stream) {
   const size_t bound = planBound(request, part.length);
-  if (!reserve(bound)) return false;
+  const uint64_t charged = loop_.chunks().memoryOf(bound);
+  if (!reserve(charged)) return false;
   ReadJob* job = new ReadJob;
   job->connection = this;
   job->request = request;
   job->chunk = loop_.chunks().take(bound);
-  job->charged = bound;
+  job->charged = charged;
+  job->length = part.length;
   job->stream = stream;
   const Plan plan = planRead(job->chunk->data(), request, part, job->segments);
   job->chunk->end = static_cast<uint32_t>(plan.bytes);
@@ -221,9 +235,16 @@ void Connection::readFinished(ReadJob* job) {
     }
   } else if (job->stream) {
     out_.append(job->chunk);
-    streamAdvanced(std::min(kStreamPiece, stream_.request.offset + stream_.request.length - stream_.position));
-  } else {
+    streamAdvanced(job->length);
+  } else if (job->chunk->capacity > kSmallChunk) {
     replies().append(job->chunk);
+  } else {
+    // Small replies share chunks: those of a client that does not read would take up many times their size.
+    OutQueue& out = replies();
+    const size_t size = job->chunk->size();
+    memcpy(out.reserve(size), job->chunk->begin(), size);
+    out.commit(size);
+    loop_.chunks().give(job->chunk);
   }
   loop_.touch(this);
 }
@@ -248,9 +269,13 @@ void Connection::pumpStream() {
       loop_.touch(this);
       return;
     }
-    const uint64_t length = std::min(kStreamPiece, end - stream_.position);
-    const Part part{stream_.position, length, !stream_.begun, stream_.position + length == end};
-    uint8_t* at = out_.reserve(planBound(request, length), kLargeChunk);
+    const auto pieceOf = [&](uint64_t most) {
+      const uint64_t length = std::min(most, end - stream_.position);
+      return Part{stream_.position, length, !stream_.begun, stream_.position + length == end};
+    };
+    const bool plenty = loop_.memoryLeft(kStreamPiece);
+    const Part part = pieceOf(plenty ? kStreamPiece : kStreamPieceSmall);
+    uint8_t* at = out_.reserve(planBound(request, part.length), plenty ? kLargeChunk : kPieceChunk);
     Segments& segments = loop_.segments();
     const Plan plan = planRead(at, request, part, segments);
     IoError error;
@@ -261,14 +286,20 @@ void Connection::pumpStream() {
     switch (loop_.io().readCached(segments, &error)) {
       case MemberIo::ReadResult::Done:
         out_.commit(plan.bytes);
-        streamAdvanced(length);
+        streamAdvanced(part.length);
         break;
       case MemberIo::ReadResult::Failed:
         streamFailed(stream_.position);
         break;
       case MemberIo::ReadResult::WouldBlock:
-        if (!readLater(request, part, true)) return;
-        break;
+        if (readLater(request, part, true)) return;
+        if (inFlightBytes_ == 0) {
+          const bool started = readLater(request, pieceOf(kStreamPieceSmall), true);
+          NBD_ASSERT(started);
+        } else {
+          waitsForMemory_ = true;
+        }
+        return;
     }
   }
 }

@@ -57,8 +57,17 @@ bool Connection::takeInPlace() {
   Segments& segments = loop_.segments();
   segments.clear();
   if (!mapDirect(tables, writeOffset_, piece, input_->begin(), segments)) {
-    if (!reserve(left)) return false;
-    payload_ = Payload::create(left);
+    uint64_t gather = left;
+    if (!reserve(left)) {
+      // What is always there for a connection that holds nothing takes it further, piece by piece.
+      gather = std::min(left, kMemoryAlways - writeOffset_ % kPage);
+      if (!reserve(gather)) {
+        NBD_ASSERT(inFlightBytes_ > 0);
+        waitsForMemory_ = true;
+        return false;
+      }
+    }
+    payload_ = Payload::create(gather);
     gathered_ = 0;
     phase_ = Phase::Gather;
     return true;
@@ -87,26 +96,43 @@ void Connection::writeDone() {
 }
 
 bool Connection::takeGather() {
-  const size_t part = std::min<size_t>(inputSize(), parser_.payloadLeft());
+  const size_t part = std::min<size_t>(inputSize(), payload_->size - gathered_);
   if (part > 0) {
     memcpy(payload_->data() + gathered_, input_->begin(), part);
     gathered_ += part;
     dropInput(part);
     parser_.consumed(part);
   }
-  if (parser_.payloadLeft() > 0) return false;
+  if (gathered_ < payload_->size) return false;
   gatherDone();
   return true;
 }
 
 void Connection::gatherDone() {
   NBD_ASSERT(gathered_ == payload_->size);
-  NBD_ASSERT(writeOffset_ + gathered_ == current_.offset + current_.length);
-  phase_ = Phase::Header;
-  Upcall* call = upcall(current_, UpcallKind::Write, writeOffset_, gathered_);
+  const bool last = parser_.payloadLeft() == 0;
+  NBD_ASSERT(!last || writeOffset_ + gathered_ == current_.offset + current_.length);
+  phase_ = last ? Phase::Header : Phase::PieceWait;
+  Request request = current_;
+  // Whoever makes the last piece durable makes all of them durable.
+  if (!last) request.flags &= static_cast<uint16_t>(~kFlagFua);
+  Upcall* call = upcall(request, UpcallKind::Write, writeOffset_, gathered_);
   call->payload = payload_;
   call->charged = payload_->size;
+  call->piece = !last;
   payload_ = nullptr;
+}
+
+/// A piece of a payload that is larger than what could be had has been dealt with: on to the next one.
+void Connection::pieceDone(const Upcall* call, uint32_t error) {
+  if (state_ != State::Open) return;
+  NBD_ASSERT(phase_ == Phase::PieceWait);
+  writeOffset_ += call->length;
+  if (error == kOk) {
+    phase_ = Phase::InPlace;
+  } else {
+    discard(error);
+  }
 }
 
 }  // namespace nbd

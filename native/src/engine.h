@@ -27,6 +27,7 @@ class ReadJob final : public LoopJob {
   Segments segments;
   uint64_t epoch = 0;
   uint64_t charged = 0;
+  uint64_t length = 0;  // export bytes
   bool stream = false;  // a piece of a streamed read
 
   // io_uring only.

@@ -26,7 +26,6 @@ constexpr uint32_t kSoloTurns = 16;            // turns that a connection has ha
 constexpr uint64_t kPauseMicrosecondsMin = 20;
 constexpr uint64_t kPauseMicrosecondsMax = 100;
 constexpr int kSpinTurnsMax = 16;  // turns of polling before the other descriptors are looked at
-constexpr uint64_t kMemoryAlways = 64 * 1024;  // a connection that holds nothing may always have so much
 constexpr uint32_t kFreeUpcallsMax = 1024;
 
 void drainEventFd(int fd) {
@@ -283,9 +282,6 @@ void Loop::carryOut(const LoopCommand& command) {
         if (&connection->target() == command.target) connection->end(SessionEnd::Closed);
       }
       return;
-    case LoopCommand::Kind::RetryMemory:
-      retryMemory();
-      return;
   }
 }
 
@@ -299,7 +295,7 @@ void Loop::bury(Connection* connection) {
   connections_[connection->place] = connections_.back();
   connections_[connection->place]->place = connection->place;
   connections_.pop_back();
-  for (std::vector<Connection*>* list : {&touched_, &hungry_, &lingering_}) {
+  for (std::vector<Connection*>* list : {&touched_, &lingering_}) {
     list->erase(std::remove(list->begin(), list->end(), connection), list->end());
   }
   if (solo_ == connection) solo_ = nullptr;
@@ -404,35 +400,15 @@ bool Loop::reserveMemory(uint64_t bytes, bool holdsNothing) {
   return false;
 }
 
-void Loop::waitForMemory(Connection* connection) {
-  hungry_.push_back(connection);
-  shared_.memoryWaiters.fetch_or(uint64_t{1} << index_, std::memory_order_acq_rel);
-  // Somebody may have released between our attempt and the mark: try once more.
-  LoopCommand command{};
-  command.kind = LoopCommand::Kind::RetryMemory;
-  if (shared_.payloadInFlight.load(std::memory_order_acquire) == 0) post(command);
-}
+void Loop::takeMemory(uint64_t bytes) { shared_.payloadInFlight.fetch_add(bytes, std::memory_order_relaxed); }
 
 void Loop::releaseMemory(uint64_t bytes) {
-  const uint64_t before = shared_.payloadInFlight.fetch_sub(bytes, std::memory_order_acq_rel);
+  const uint64_t before = shared_.payloadInFlight.fetch_sub(bytes, std::memory_order_relaxed);
   NBD_ASSERT(before >= bytes);
-  const uint64_t waiters = shared_.memoryWaiters.load(std::memory_order_acquire);
-  if (waiters == 0) return;
-  LoopCommand command{};
-  command.kind = LoopCommand::Kind::RetryMemory;
-  for (uint32_t i = 0; i < shared_.loops.size(); i++) {
-    if (((waiters >> i) & 1) != 0) shared_.loops[i]->post(command);
-  }
 }
 
-void Loop::retryMemory() {
-  shared_.memoryWaiters.fetch_and(~(uint64_t{1} << index_), std::memory_order_acq_rel);
-  std::vector<Connection*> waiting;
-  std::swap(waiting, hungry_);
-  for (Connection* connection : waiting) {
-    connection->memoryAvailable();
-    touch(connection);
-  }
+bool Loop::memoryLeft(uint64_t bytes) const {
+  return shared_.payloadInFlight.load(std::memory_order_relaxed) + bytes <= shared_.limits.payloadTotal;
 }
 
 // --- stop ----------------------------------------------------------------------------------------------------------

@@ -19,8 +19,11 @@
 
 namespace nbd {
 
+/// What a connection that holds nothing may always have of the memory for payloads and replies.
+constexpr uint64_t kMemoryAlways = 64 * 1024;
+
 struct LoopCommand {
-  enum class Kind : uint8_t { Add, Complete, CompleteStatus, Barrier, CloseExport, RetryMemory };
+  enum class Kind : uint8_t { Add, Complete, CompleteStatus, Barrier, CloseExport };
   Kind kind;
   uint32_t error = 0;                // Complete
   Connection* connection = nullptr;  // Add
@@ -66,9 +69,12 @@ class Loop {
   void advise(AdviseJob* job);
   uint64_t beginAccess();
   void endAccess(uint64_t epoch);
-  bool reserveMemory(uint64_t bytes, bool needy);
+  /// False where that would be more than all may hold together; but `holdsNothing` may always have kMemoryAlways.
+  bool reserveMemory(uint64_t bytes, bool holdsNothing);
+  /// Counts what is held already.
+  void takeMemory(uint64_t bytes);
   void releaseMemory(uint64_t bytes);
-  void waitForMemory(Connection* connection);
+  bool memoryLeft(uint64_t bytes) const;
   void linger(Connection* connection);
 
   static uint64_t nowMicroseconds();
@@ -79,7 +85,6 @@ class Loop {
   void takeCommands();
   void takeTurns();
   void settleBarriers();
-  void retryMemory();
   void expireLingering();
   void restBriefly();
   void spin();
@@ -111,7 +116,6 @@ class Loop {
   std::vector<Connection*> touched_;
   std::vector<Connection*> turning_;
   std::vector<Connection*> dead_;
-  std::vector<Connection*> hungry_;     // wait for memory
   std::vector<Connection*> lingering_;  // have a deadline
   Connection* solo_ = nullptr;  // had the last turns alone
   uint32_t soloTurns_ = 0;

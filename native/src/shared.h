@@ -53,6 +53,7 @@ struct Upcall {
   Payload* payload = nullptr;
   uint64_t contextMask = 0;
   uint64_t charged = 0;  // payload bytes counted against the limits
+  bool piece = false;    // of a write whose payload is still being received: not answered
   uint32_t session = 0;
   Upcall* next = nullptr;
 };
@@ -111,8 +112,9 @@ struct Shared {
   std::vector<std::unique_ptr<Loop>> loops;
   std::unique_ptr<WorkPool> waiting;  // reads, syncs, punches: may wait for a disk
   std::unique_ptr<WorkPool> writing;  // full-stripe writes and parts: bound by the page cache
+  /// Bytes of payloads that wait for the policy, of replies that wait for a disk, and of replies that wait for their
+  /// client. Above limits.payloadTotal by at most the little that each connection may always have.
   std::atomic<uint64_t> payloadInFlight{0};
-  std::atomic<uint64_t> memoryWaiters{0};  // one bit an I/O thread
   std::atomic<uint32_t> wideSockets{0};    // connections whose socket has a large buffer
 
   void pass(Barrier* barrier);

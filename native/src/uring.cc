@@ -91,7 +91,7 @@ void Uring::close() {
 void Uring::submit(ReadJob* job) {
   job->pending = static_cast<uint32_t>(job->segments.size());
   job->filled.assign(job->segments.size(), 0);
-  for (uint32_t i = 0; i < job->segments.size(); i++) backlog_.push_back({job, i});
+  for (uint32_t i = 0; i < job->segments.size(); i++) backlog_.push_back({job, i, false});
   pump();
 }
 
@@ -116,6 +116,7 @@ void Uring::prepare(const Item& item) {
   io_uring_sqe* entry = entries_ + (tail & sqMask_);
   memset(entry, 0, sizeof *entry);
   entry->opcode = IORING_OP_READ;
+  entry->flags = item.blocking ? IOSQE_ASYNC : 0;
   entry->fd = layout_->members[segment.member].fd;
   entry->addr = reinterpret_cast<uint64_t>(segment.data + filled);
   entry->len = static_cast<uint32_t>(segment.length - filled);
@@ -147,7 +148,7 @@ void Uring::reap(std::vector<ReadJob*>& done) {
     head++;
     __atomic_store_n(cqHead_, head, __ATOMIC_RELEASE);
     const uint32_t id = static_cast<uint32_t>(completion.user_data);
-    const Item item = items_[id];
+    Item item = items_[id];
     freeItems_.push_back(id);
     inFlight_--;
     ReadJob* job = item.job;
@@ -159,10 +160,16 @@ void Uring::reap(std::vector<ReadJob*>& done) {
       again = filled < segment.length;
     } else if (completion.res == 0) {
       memset(segment.data + filled, 0, segment.length - filled);
-    } else if (completion.res == -EINTR || completion.res == -EAGAIN) {
+    } else if (completion.res == -EINTR) {
+      again = true;
+    } else if (completion.res == -EAGAIN && !item.blocking) {
+      // A page that the disk cannot give is not there either when the kernel looks again without waiting, and it says
+      // so for ever: a worker of its own waits for the error.
+      item.blocking = true;
       again = true;
     } else {
-      job->error = {-completion.res, segment.member, segment.offset + filled};
+      const int error = completion.res == -EAGAIN ? EIO : -completion.res;
+      job->error = {error, segment.member, segment.offset + filled};
     }
     if (again) {
       backlog_.push_back(item);

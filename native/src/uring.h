@@ -35,6 +35,7 @@ class Uring {
   struct Item {
     ReadJob* job;
     uint32_t segment;
+    bool blocking;  // by a worker of the kernel, which waits
   };
 
   void close();

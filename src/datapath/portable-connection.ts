@@ -20,7 +20,7 @@ import type { ByteBudget } from './byte-budget.ts'
 import type { SessionEnd, SessionId, SessionSpec, StatusResult, UpcallKind } from './datapath.ts'
 import type { PortableExport } from './portable-export.ts'
 import type { PortableMembers } from './portable-members.ts'
-import { composeRead, readReplySize } from './read-reply.ts'
+import { PortableReads } from './portable-reads.ts'
 import { ReplyQueue } from './reply-queue.ts'
 import { type RequestSink, RequestStream } from './request-stream.ts'
 import { directPieces, readPieces } from './table-lookup.ts'
@@ -29,13 +29,15 @@ import { directPieces, readPieces } from './table-lookup.ts'
  * One NBD connection in the transmission phase, on the event loop.
  *
  *   socket -> request-stream.ts -> tables -> member access | upcall -> reply-queue.ts -> socket
+ *                                  reads: portable-reads.ts
  *             stalled, while there is no room: the socket is paused
  *
  * Tables are looked at after the payload is complete, and in the same turn the member access begins. So a client
  * that stalls holds only its own buffers: no slot, no epoch (access-epochs.ts), no turn.
  *
  * What one connection holds is bounded: requests in flight, payload bytes, reply bytes not yet taken by the client,
- * and the sum over all connections (byte-budget.ts). A connection that holds nothing may always start one request.
+ * and the sum over all connections (byte-budget.ts). A connection that holds nothing may always start one request, and goes
+ * through it in small parts where that sum is used up.
  *
  * Endings: reading stops at once, requests in flight are answered, replies leave as far as the client takes them
  * within a deadline, the socket is closed, and `onClose` is called when nothing is left, once.
@@ -61,7 +63,8 @@ export interface ConnectionHost {
 /** A request that is not answered in the turn in which it was parsed. */
 export interface PendingRequest {
   readonly connection: PortableConnection
-  readonly request: Request
+  readonly request: Request // or a part of one (request-stream.ts)
+  readonly answers: Request | null // what is answered in the end; null for a part that is not the last
   readonly length: number // bytes of the volume; with a status filter not what the header says
   readonly contexts: readonly number[]
   payload: Buffer | null // exactly `length` bytes of a write
@@ -91,6 +94,7 @@ export class PortableConnection implements SessionRules, RequestSink {
   readonly #onClose: (reason: SessionEnd) => void
   readonly #replies: ReplyQueue
   readonly #requests: RequestStream
+  readonly #reads: PortableReads
   readonly #extended: boolean
 
   #state: ConnectionState = 'open'
@@ -101,6 +105,7 @@ export class PortableConnection implements SessionRules, RequestSink {
   #requestsInFlight = 0
   #payloadBytes = 0
   #turnBytes = 0
+  #partResult: number | undefined // of the last part of a write that comes in parts
   #resumePlanned = false
   #flushPlanned = false
   readonly #wake = (): void => this.#resume()
@@ -117,6 +122,26 @@ export class PortableConnection implements SessionRules, RequestSink {
     this.#extended = session.mode === 'extended'
     this.#requests = new RequestStream(this, host.pool, this)
     this.#replies = new ReplyQueue(session.socket, host.pool, host.budget, () => this.#released())
+    this.#reads = new PortableReads({
+      export: exported,
+      mode: session.mode,
+      members: host.members,
+      budget: host.budget,
+      replies: this.#replies,
+      gone: () => this.#socketGone || session.socket.destroyed,
+      begun: () => {
+        this.#requestsInFlight++
+      },
+      ended: () => {
+        this.#left()
+        this.#planFlush()
+      },
+      fail: (request, errno) => this.#reply(request, errno),
+      breakOff: () => {
+        this.end('error')
+        this.#socket.destroy()
+      },
+    })
     this.#attach(session.received)
   }
 
@@ -131,7 +156,7 @@ export class PortableConnection implements SessionRules, RequestSink {
     this.#reason = reason
     this.#enter('draining')
     this.#socket.pause()
-    this.#host.budget.cancel(this.#wake)
+    if (this.#reads.streaming) this.#armLinger()
     this.#unhold(this.#requests.stop())
     this.#settle()
   }
@@ -221,9 +246,15 @@ export class PortableConnection implements SessionRules, RequestSink {
 
   // ---------------------------------------------------------------------- RequestSink, called while parsing
 
-  expects(request: Request): void {
-    this.#payloadBytes += request.payloadLength
-    this.#host.budget.hold(request.payloadLength)
+  grants(left: number): number {
+    const bytes = this.#host.budget.admits(left) ? left : Math.min(left, LIMITS.payloadAlwaysPerConnection)
+    this.#payloadBytes += bytes
+    this.#host.budget.hold(bytes)
+    return bytes
+  }
+
+  partResult(): number | undefined {
+    return this.#partResult
   }
 
   onRefused(request: Request, errno: number): void {
@@ -234,9 +265,16 @@ export class PortableConnection implements SessionRules, RequestSink {
     this.end('protocol')
   }
 
-  onPayload(request: Request, payload: Buffer, owned: Buffer | null, kept: number): void {
+  onPayload(
+    request: Request,
+    answers: Request | null,
+    payload: Buffer,
+    owned: Buffer | null,
+    kept: number,
+  ): void {
     this.#turnBytes += payload.length
-    const pending = this.#pending(request, payload.length, none)
+    this.#partResult = undefined
+    const pending = this.#pending(request, payload.length, none, answers)
     pending.payload = payload
     pending.owned = owned
     if (request.command === COMMAND.BLOCK_STATUS) this.#filteredStatus(pending)
@@ -246,11 +284,16 @@ export class PortableConnection implements SessionRules, RequestSink {
   // ------------------------------------------------------------------------------------- backpressure
 
   admits(request: Request): boolean {
-    if (this.#turnBytes > turnBytesMax) return false
+    if (this.#turnBytes > turnBytesMax || this.#reads.streaming) return false
     if (this.#requestsInFlight >= LIMITS.requestsInFlightPerConnection) return false
     const replyHeld = this.#replies.heldBytes
     const held = this.#payloadBytes + replyHeld
-    if (held === 0) return true
+    if (held === 0) {
+      // In parts, where it has to be.
+      return (
+        request.command !== COMMAND.READ || this.#requestsInFlight === 0 || !this.#reads.needsStream(request)
+      )
+    }
     // What is refused later, for its length or its flags, holds nothing.
     const payload = request.payloadLength <= this.payloadMax ? request.payloadLength : 0
     const reply = request.command === COMMAND.READ && request.length <= this.payloadMax ? request.length : 0
@@ -263,9 +306,13 @@ export class PortableConnection implements SessionRules, RequestSink {
 
   /** Arranges for #resume, by whatever can make room. */
   #waitForRoom(): void {
-    if (this.#turnBytes > turnBytesMax) this.#planResume()
-    // Its own releases wake it in #released and #left; those of others through the budget.
-    else this.#host.budget.wait(this.#wake)
+    // Its own releases wake it, in #released and #left.
+    if (this.#turnBytes > turnBytesMax || this.#isIdle) this.#planResume()
+  }
+
+  /** Whether nothing of its own will wake it. */
+  get #isIdle(): boolean {
+    return this.#requestsInFlight === 0 && this.#payloadBytes + this.#replies.heldBytes === 0
   }
 
   #planResume(): void {
@@ -281,7 +328,7 @@ export class PortableConnection implements SessionRules, RequestSink {
     const counts = this.export.counts
     switch (request.command) {
       case COMMAND.READ:
-        this.#read(request)
+        this.#turnBytes += this.#reads.read(request)
         return
       case COMMAND.DISC:
         this.end('disconnect')
@@ -316,7 +363,7 @@ export class PortableConnection implements SessionRules, RequestSink {
     // The volume may have shrunk since the header was read.
     if (request.offset + pending.length > this.size) {
       this.#releasePayload(pending)
-      this.#reply(request, NBD_ERRNO.ENOSPC)
+      this.#answer(pending, NBD_ERRNO.ENOSPC)
       return
     }
     const { counts, spec, tables } = this.export
@@ -350,7 +397,7 @@ export class PortableConnection implements SessionRules, RequestSink {
       }
     } catch (error) {
       this.#releasePayload(pending)
-      this.#reply(request, errnoOf(error))
+      this.#answer(pending, errnoOf(error))
       return
     }
     if ((request.flags & COMMAND_FLAG.FUA) !== 0) {
@@ -359,7 +406,7 @@ export class PortableConnection implements SessionRules, RequestSink {
       return
     }
     this.#releasePayload(pending)
-    this.#reply(request, 0)
+    this.#answer(pending, 0)
   }
 
   #writtenLater(pending: PendingRequest, errno: number): void {
@@ -370,61 +417,6 @@ export class PortableConnection implements SessionRules, RequestSink {
     }
     this.#finish(pending, errno)
     this.#planFlush()
-  }
-
-  #read(request: Request): void {
-    const { counts, spec, tables } = this.export
-    const { members } = this.#host
-    counts.reads++
-    counts.readBytes += request.length
-    const pieces = readPieces(spec, tables, members.contiguous, request.offset, request.length)
-    const layout = {
-      request,
-      mode: this.mode,
-      // A hole says zeros; an export that is filled with something else sends it as data.
-      holes: spec.fill === 0 && (request.flags & COMMAND_FLAG.DF) === 0,
-      fill: spec.fill,
-      pieces,
-    }
-    const size = readReplySize(layout)
-    this.#turnBytes += size
-    let ioBytes = 0
-    for (const piece of pieces) if (piece.slot !== 0) ioBytes += piece.length
-    if (ioBytes === 0 || members.readGate.allows(ioBytes)) {
-      const at = this.#replies.reserve(size)
-      const buffer = this.#replies.slab
-      try {
-        composeRead(layout, buffer, at, (piece, target) => {
-          members.readNow(piece.slot, piece.offset, buffer, target, piece.length)
-        })
-      } catch (error) {
-        this.#reply(request, errnoOf(error))
-        return
-      }
-      this.#replies.commit(size)
-      return
-    }
-    const buffer = this.#replies.take(size)
-    this.#requestsInFlight++
-    let left = 1 // held by this turn
-    let errno = 0
-    const pieceDone = (error: StoreError | null): void => {
-      if (error !== null) errno = ERRNO_OF[error.code]
-      left--
-      if (left > 0) return
-      if (errno === 0) this.#replies.append(buffer, size)
-      else {
-        this.#replies.discard(buffer)
-        this.#reply(request, errno)
-      }
-      this.#left()
-      this.#planFlush()
-    }
-    composeRead(layout, buffer, 0, (piece, target) => {
-      left++
-      members.readLater(piece.slot, piece.offset, buffer, target, piece.length, pieceDone)
-    })
-    left-- // no access calls back before this turn ends
   }
 
   /** Reads what is in slots, for the page cache to keep; the data goes nowhere. Bounded: the command is a hint. */
@@ -478,10 +470,16 @@ export class PortableConnection implements SessionRules, RequestSink {
     this.#host.upcall(pending, kind)
   }
 
-  #pending(request: Request, length: number, contexts: readonly number[]): PendingRequest {
+  #pending(
+    request: Request,
+    length: number,
+    contexts: readonly number[],
+    answers: Request | null = request,
+  ): PendingRequest {
     return {
       connection: this,
       request,
+      answers,
       length,
       contexts,
       payload: null,
@@ -497,8 +495,13 @@ export class PortableConnection implements SessionRules, RequestSink {
   /** Answers a request that is in flight. */
   #finish(pending: PendingRequest, errno: number): void {
     this.#releasePayload(pending)
-    this.#reply(pending.request, errno)
+    this.#answer(pending, errno)
     this.#left()
+  }
+
+  #answer(pending: PendingRequest, errno: number): void {
+    if (pending.answers === null) this.#partResult = errno
+    else this.#reply(pending.answers, errno)
   }
 
   /** Writes a reply without data. */
@@ -516,7 +519,9 @@ export class PortableConnection implements SessionRules, RequestSink {
 
   /** The socket is done with a batch of replies. */
   #released(): void {
+    this.#reads.resume()
     if (this.#requests.stalled) this.#planResume()
+    if (this.#state === 'draining' && this.#reads.streaming) this.#armLinger()
     if (this.#state !== 'flushing') return
     this.#armLinger()
     this.#endSocket()

@@ -20,6 +20,19 @@ import { InlineGate } from './inline-gate.ts'
  */
 export type Done = (error: StoreError | null) => void
 
+/** The system calls that are made on members, as node:fs has them; the simulation has its own. */
+export interface MemberCalls {
+  /** @returns bytes transferred: fewer than asked for at the end of the file, or whenever the kernel likes */
+  readSync(fd: number, target: Buffer, start: number, length: number, position: number): number
+  writeSync(fd: number, source: Buffer, start: number, length: number, position: number): number
+  read(fd: number, target: Buffer, start: number, length: number, position: number, done: Transferred): void
+  write(fd: number, source: Buffer, start: number, length: number, position: number, done: Transferred): void
+  fdatasync(fd: number, done: (error: Error | null) => void): void
+}
+type Transferred = (error: Error | null, count: number) => void
+
+const SYSTEM: MemberCalls = { readSync, writeSync, read, write, fdatasync }
+
 /** What one member counts; the writable form of MemberCounters. */
 interface Counts {
   reads: number
@@ -43,6 +56,7 @@ export class PortableMembers {
   readonly readGate: InlineGate
   readonly writeGate: InlineGate
 
+  readonly #calls: MemberCalls
   readonly #fds: readonly number[]
   readonly #chunkSize: number
   readonly #dataOffset: number
@@ -58,13 +72,14 @@ export class PortableMembers {
   #syncFailed: StoreError | null = null
 
   /** @param inlineBytesMax see InlineGate */
-  constructor(layout: StoreLayout, inlineBytesMax?: number) {
+  constructor(layout: StoreLayout, inlineBytesMax?: number, calls = SYSTEM) {
     assert(layout.memberFds.length === layout.dataMembers + layout.parityMembers, 'k + p member descriptors')
     assert(layout.parityMembers === 0, 'parity members are not supported yet')
     this.stripeSize = layout.dataMembers * layout.chunkSize
     this.contiguous = layout.memberFds.length === 1
     this.readGate = new InlineGate(inlineBytesMax)
     this.writeGate = new InlineGate(inlineBytesMax)
+    this.#calls = calls
     this.#fds = layout.memberFds
     this.#chunkSize = layout.chunkSize
     this.#dataOffset = layout.dataOffset
@@ -87,7 +102,8 @@ export class PortableMembers {
       try {
         const fd = this.#fd(this.#member)
         while (got < this.#part) {
-          const count = readSync(fd, target, start + done + got, this.#part - got, this.#position + got)
+          const at = start + done + got
+          const count = this.#calls.readSync(fd, target, at, this.#part - got, this.#position + got)
           if (count === 0) break
           got += count
         }
@@ -108,7 +124,8 @@ export class PortableMembers {
       try {
         const fd = this.#fd(this.#member)
         for (let put = 0; put < this.#part; ) {
-          put += writeSync(fd, source, start + done + put, this.#part - put, this.#position + put)
+          const at = start + done + put
+          put += this.#calls.writeSync(fd, source, at, this.#part - put, this.#position + put)
         }
       } catch (error) {
         throw memberError('write', this.#member, this.#position, this.#part, error)
@@ -135,9 +152,9 @@ export class PortableMembers {
           partDone(null)
           return
         }
-        read(fd, target, from + got, part - got, position + got, step)
+        this.#calls.read(fd, target, from + got, part - got, position + got, step)
       }
-      read(fd, target, from, part, position, step)
+      this.#calls.read(fd, target, from, part, position, step)
     })
   }
 
@@ -158,9 +175,9 @@ export class PortableMembers {
           partDone(null)
           return
         }
-        write(fd, source, from + put, part - put, position + put, step)
+        this.#calls.write(fd, source, from + put, part - put, position + put, step)
       }
-      write(fd, source, from, part, position, step)
+      this.#calls.write(fd, source, from, part, position, step)
     })
   }
 
@@ -229,7 +246,7 @@ export class PortableMembers {
     }
     this.#fds.forEach((fd, member) => {
       this.#count(member).syncs++
-      fdatasync(fd, (error) => memberDone(member, error))
+      this.#calls.fdatasync(fd, (error) => memberDone(member, error))
     })
   }
 

@@ -23,7 +23,7 @@ import type {
 import { type Overlay, overlayStripe, planStripe } from './format-image.ts'
 import { type ConnectionHost, type PendingRequest, PortableConnection } from './portable-connection.ts'
 import { PortableExport } from './portable-export.ts'
-import { PortableMembers } from './portable-members.ts'
+import { type MemberCalls, PortableMembers } from './portable-members.ts'
 
 /**
  * The datapath in TypeScript, on node:net and node:fs: the reference for the native one, and what runs where no
@@ -58,9 +58,10 @@ export class PortableDatapath implements Datapath, ConnectionHost {
   /**
    * @param reason why this one runs, a sentence for `status`
    * @param inlineBytesMax largest member access that may run on this thread; 0 sends all to the thread pool
+   * @param calls what member access is made of, where not of system calls
    */
-  constructor(layout: StoreLayout, reason: string, inlineBytesMax?: number) {
-    this.members = new PortableMembers(layout, inlineBytesMax)
+  constructor(layout: StoreLayout, reason: string, inlineBytesMax?: number, calls?: MemberCalls) {
+    this.members = new PortableMembers(layout, inlineBytesMax, calls)
     this.description = { kind: 'portable', engine: 'node', threads: 1, reason }
   }
 

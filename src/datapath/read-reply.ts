@@ -1,5 +1,5 @@
 import { assert } from '../base/assert.ts'
-import { HEADER, type ReplyMode } from '../nbd/constants.ts'
+import { COMMAND_FLAG, HEADER, type ReplyMode } from '../nbd/constants.ts'
 import {
   dataChunkPrefixSize,
   holeChunkSize,
@@ -20,20 +20,28 @@ import type { Piece } from './table-lookup.ts'
  *
  * A run ends where data turns into a hole or back. Without holes (DF, or a fill that is not zero) everything is one
  * run of data. Where all is one hole there is no data to cut in pieces, so DF has nothing against it.
+ *
+ * A reply may be laid out part by part. Simple ones, and those that must not be cut into chunks (DF), have one header in front of
+ * the first part, which speaks of all of them; in others each part has chunks of its own.
  */
 export interface ReadLayout {
   readonly request: Request
+  readonly start: number // of the part: bytes into the request
+  readonly length: number // of the part, bytes
   readonly mode: ReplyMode
   readonly holes: boolean // unformatted pieces may be sent as holes
   readonly fill: number // what unformatted pieces read as, where they are sent as data
-  readonly pieces: readonly Piece[] // in order, without gaps, the whole range
+  readonly pieces: readonly Piece[] // in order, without gaps, the whole part
 }
 
-/** Bytes of the whole reply. */
+/** Bytes of the part. */
 export function readReplySize(layout: ReadLayout): number {
-  const { request, mode } = layout
-  if (mode === 'simple') return HEADER.simpleReply + request.length
+  const { mode, start, length } = layout
   const extended = mode === 'extended'
+  if (hasOneHeader(layout)) {
+    const header = mode === 'simple' ? HEADER.simpleReply : dataChunkPrefixSize(extended)
+    return start === 0 ? header + length : length
+  }
   let size = 0
   forEachRun(layout, (hole, length) => {
     size += hole ? holeChunkSize(extended) : dataChunkPrefixSize(extended) + length
@@ -63,14 +71,18 @@ export function composeRead(
       position += piece.length
     }
   }
-  if (mode === 'simple') {
-    position = writeSimpleReply(target, at, request, 0)
+  if (hasOneHeader(layout)) {
+    if (layout.start === 0 && mode === 'simple') position = writeSimpleReply(target, at, request, 0)
+    else if (layout.start === 0) {
+      const { offset, length } = request
+      position = writeDataChunkPrefix(target, at, request, extended, true, offset, length)
+    }
     putData(0, pieces.length)
     return
   }
   forEachRun(layout, (hole, length, first, end, start) => {
-    const done = start + length === request.length
-    const offset = request.offset + start
+    const done = layout.start + start + length === request.length
+    const offset = request.offset + layout.start + start
     if (hole) {
       position = writeHoleChunk(target, position, request, extended, done, offset, length)
     } else {
@@ -78,6 +90,10 @@ export function composeRead(
       putData(first, end)
     }
   })
+}
+
+function hasOneHeader({ mode, request }: ReadLayout): boolean {
+  return mode === 'simple' || (request.flags & COMMAND_FLAG.DF) !== 0
 }
 
 /** Calls back for each run of pieces [first, end) that travel in one chunk. */

@@ -1,6 +1,6 @@
 import { assert } from '../base/assert.ts'
 import { ProtocolError } from '../base/errors.ts'
-import { MAGIC } from '../nbd/constants.ts'
+import { COMMAND_FLAG, MAGIC } from '../nbd/constants.ts'
 import {
   decodeRequest,
   HANG_UP,
@@ -15,26 +15,36 @@ import type { BufferPool } from './buffer-pool.ts'
  * Cuts received bytes into requests and their payloads. It knows the protocol and its own buffers, no socket, volume or
  * clock.
  *
- *   piece -> header -> admitted? -> valid? -> payload -> sink
+ *   piece -> header -> admitted? -> valid? -> payload, whole or in parts -> sink
  *                      no: stalled   no: payload skipped, then refused
  *
  * A header that lies whole in a piece is decoded where it lies, and so is a payload used where it lies. A payload that is
- * cut is collected in a buffer of its final size, which the sink then owns. While stalled nothing is consumed: what was
- * received behind the request that waits stays in `#unparsed`, and the caller stops feeding until `resume` went through.
+ * cut is collected in a buffer of its final size, which the sink then owns. Where the sink has no memory for all of a payload it
+ * comes in parts, each after the sink is done with the one before. While stalled nothing is consumed: what was received
+ * behind the request or part that waits stays in `#unparsed`, and the caller stops feeding until `resume` went through.
  */
 export interface RequestSink {
   /** Whether there is room for one more; `stalled` is true after a no. */
   admits(request: Request): boolean
-  /** A valid request's payload is going to be received: `request.payloadLength` bytes are held from now on. */
-  expects(request: Request): void
+  /** Of a valid request's payload `left` bytes are still to be received: how many of them next. They are held from now on. */
+  grants(left: number): number
   /** A valid request without payload. */
   onRequest(request: Request): void
   /**
-   * A valid request and its payload.
+   * A valid request and its payload, or a part of both.
+   * @param answers the request to answer when this is done; null for a part that is not the last
    * @param owned the pooled buffer that it lies in, the sink's to give back; null where it lies in the received piece
    * @param kept bytes of memory that the payload keeps alive
    */
-  onPayload(request: Request, payload: Buffer, owned: Buffer | null, kept: number): void
+  onPayload(
+    request: Request,
+    answers: Request | null,
+    payload: Buffer,
+    owned: Buffer | null,
+    kept: number,
+  ): void
+  /** How the last part went: 0 or an error number when that is known, undefined while it is not. */
+  partResult(): number | undefined
   /** A request that breaks a rule; its payload has been skipped. */
   onRefused(request: Request, errno: number): void
   /** Nothing that follows can be understood. The sink stops the stream. */
@@ -42,9 +52,14 @@ export interface RequestSink {
 }
 
 interface Filling {
-  readonly request: Request
   readonly owned: Buffer
+  readonly length: number
   received: number
+}
+
+interface Receiving {
+  readonly request: Request
+  done: number // bytes of its payload that the sink has
 }
 
 interface Skipping {
@@ -62,10 +77,11 @@ export class RequestStream {
 
   readonly #header: Buffer // a header that was cut by the end of a piece
   #headerFill = 0
-  #filling: Filling | null = null
+  #receiving: Receiving | null = null // whose payload is coming
+  #filling: Filling | null = null // a part of it that is cut
   #skipping: Skipping | null = null
   #waiting: Request | null = null // decoded, not admitted
-  #unparsed: Buffer | null = null // received behind it; null exactly if nothing waits
+  #unparsed: Buffer | null = null // received behind that, or behind a part; null exactly if nothing waits
   #stopped = false
 
   constructor(rules: SessionRules, pool: BufferPool, sink: RequestSink) {
@@ -91,10 +107,10 @@ export class RequestStream {
   /** Goes on after a stall, if the sink admits the request that waits. */
   resume(): void {
     const { waiting, unparsed } = { waiting: this.#waiting, unparsed: this.#unparsed }
-    if (waiting === null || unparsed === null || !this.#sink.admits(waiting)) return
+    if (unparsed === null || (waiting !== null && !this.#sink.admits(waiting))) return
     this.#waiting = null
     this.#unparsed = null
-    const at = this.#begin(waiting, unparsed, 0)
+    const at = waiting === null ? 0 : this.#begin(waiting, unparsed, 0)
     if (!this.#stopped && at < unparsed.length) this.#parse(unparsed.subarray(at))
   }
 
@@ -102,13 +118,14 @@ export class RequestStream {
   stop(): number {
     const filling = this.#filling
     this.#stopped = true
+    this.#receiving = null
     this.#filling = null
     this.#skipping = null
     this.#waiting = null
     this.#unparsed = null
     if (filling === null) return 0
     this.#pool.give(filling.owned)
-    return filling.request.payloadLength
+    return filling.length
   }
 
   #parse(piece: Buffer): void {
@@ -121,6 +138,20 @@ export class RequestStream {
       }
       if (this.#skipping !== null) {
         at += this.#skip(this.#skipping, end - at)
+        continue
+      }
+      if (this.#receiving !== null) {
+        const { request, done } = this.#receiving
+        const errno = this.#sink.partResult()
+        if (errno === undefined) {
+          this.#unparsed = piece.subarray(at)
+          return
+        }
+        if (errno === 0) at = this.#collect(this.#receiving, piece, at)
+        else {
+          this.#receiving = null
+          this.#skipping = { request, errno, left: request.payloadLength - done }
+        }
         continue
       }
       let header = piece
@@ -183,28 +214,52 @@ export class RequestStream {
       this.#sink.onRequest(request)
       return at
     }
-    this.#sink.expects(request)
-    const payloadEnd = at + payloadLength
-    if (payloadEnd <= piece.length) {
-      this.#sink.onPayload(request, piece.subarray(at, payloadEnd), null, piece.length)
-      return payloadEnd
+    this.#receiving = { request, done: 0 }
+    return this.#collect(this.#receiving, piece, at)
+  }
+
+  /** Starts on the next part of a payload; returns the position behind what it used of the piece. */
+  #collect(receiving: Receiving, piece: Buffer, at: number): number {
+    const left = receiving.request.payloadLength - receiving.done
+    const length = this.#sink.grants(left)
+    assert(length > 0 && length <= left, 'a part of what is left')
+    if (at + length > piece.length) {
+      this.#filling = { owned: this.#pool.take(length), length, received: 0 }
+      return at
     }
-    this.#filling = { request, owned: this.#pool.take(payloadLength), received: 0 }
-    return at
+    this.#deliver(receiving, piece.subarray(at, at + length), null, piece.length)
+    return at + length
   }
 
   #fill(filling: Filling, piece: Buffer, at: number): number {
-    const { request, owned } = filling
-    const { payloadLength } = request
-    const end = Math.min(piece.length, at + payloadLength - filling.received)
+    const { owned, length } = filling
+    const end = Math.min(piece.length, at + length - filling.received)
     const count = piece.copy(owned, filling.received, at, end)
     filling.received += count
-    assert(filling.received <= payloadLength, 'a payload that outgrew its request')
-    if (filling.received === payloadLength) {
+    assert(filling.received <= length, 'a payload that outgrew its request')
+    if (filling.received === length) {
+      const receiving = this.#receiving
+      assert(receiving !== null)
       this.#filling = null
-      this.#sink.onPayload(request, owned.subarray(0, payloadLength), owned, payloadLength)
+      this.#deliver(receiving, owned.subarray(0, length), owned, length)
     }
     return count
+  }
+
+  #deliver(receiving: Receiving, payload: Buffer, owned: Buffer | null, kept: number): void {
+    const { request, done } = receiving
+    const { length } = payload
+    receiving.done += length
+    const last = receiving.done === request.payloadLength
+    if (last) this.#receiving = null
+    if (last && done === 0) {
+      this.#sink.onPayload(request, request, payload, owned, kept)
+      return
+    }
+    // Whoever makes the last part durable makes all of them durable.
+    const flags = last ? request.flags : request.flags & ~COMMAND_FLAG.FUA
+    const part = { ...request, flags, offset: request.offset + done, length, payloadLength: length }
+    this.#sink.onPayload(part, last ? request : null, payload, owned, kept)
   }
 
   #skip(skipping: Skipping, available: number): number {

@@ -11,6 +11,7 @@ import { arch, cpus, release, tmpdir, totalmem } from 'node:os'
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
 import { runFio } from './fio.ts'
+import { intentsCost } from './intents.ts'
 import { cpuSeconds } from './processes.ts'
 import { type Check, checkLines, mark, textTable } from './report.ts'
 import { medianSample, ROWS, type Row, type Sample, sampleOf, type Verdict, verdictOf } from './rows.ts'
@@ -20,11 +21,11 @@ import { firstWrites } from './thin.ts'
 
 const MiB = 2 ** 20
 
-const USAGE = `usage: scripts/bench [--quick] [--json FILE] [--directory DIR] [--only compare|thin|scale] [--row TEXT] [--strict]
+const USAGE = `usage: scripts/bench [--quick] [--json FILE] [--directory DIR] [--only compare|thin|intents|scale] [--row TEXT] [--strict]
   --quick       fewer and shorter rounds, smaller disks
   --json FILE   writes everything measured
   --directory   where the disks lie (default: the directory for temporary files)
-  --only PART   one part: the comparison, first writes, sizes
+  --only PART   one part: the comparison, first writes, intents, sizes
   --row TEXT    only rows of the comparison whose title has this text
   --strict      exit status 1 where a figure was missed`
 
@@ -55,7 +56,8 @@ function readOptions(): Options {
       row: { type: 'string' },
     },
   })
-  if (values.only !== undefined && !['compare', 'thin', 'scale'].includes(values.only)) throw new Error(USAGE)
+  if (values.only !== undefined && !['compare', 'thin', 'intents', 'scale'].includes(values.only))
+    throw new Error(USAGE)
   return {
     ...values,
     directory: values.directory ?? tmpdir(),
@@ -166,6 +168,10 @@ async function run(options: Options): Promise<boolean> {
       if (wants('thin')) {
         progress(`first writes, ${datapath}`)
         checks.push(...(await firstWrites(directory, datapath, (options.quick ? 32 : 128) * MiB)))
+      }
+      if (wants('intents')) {
+        progress(`intents, ${datapath}`)
+        checks.push(...(await intentsCost(directory, datapath, options.quick)))
       }
       if (wants('scale')) {
         progress(`16 TiB volumes, ${datapath}`)

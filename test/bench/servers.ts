@@ -28,7 +28,11 @@ export async function fullstripe(args: readonly string[]): Promise<{ json: unkno
   return { json: JSON.parse(output), seconds }
 }
 
-export function serve(pool: string, datapath: 'native' | 'portable'): Background {
+export function serve(
+  pool: string,
+  datapath: 'native' | 'portable',
+  options: readonly string[] = [],
+): Background {
   return new Background(process.execPath, [
     CLI,
     'serve',
@@ -37,11 +41,12 @@ export function serve(pool: string, datapath: 'native' | 'portable'): Background
     datapath,
     '--log-level',
     'error',
+    ...options,
   ])
 }
 
 export const controlSocket = (pool: string) => join(pool, 'control.sock')
-export const nbdUri = (path: string) => `nbd+unix:///${EXPORT}?socket=${path}`
+export const nbdUri = (path: string, name = EXPORT) => `nbd+unix:///${name}?socket=${path}`
 
 export async function startOurs(
   directory: string,

@@ -4,7 +4,7 @@ import { LIMITS } from '../../src/base/limits.ts'
 import { closeRigs, pattern, Rig, type RigClient } from '../support/datapath-rig.ts'
 import { implementations } from '../support/implementations.ts'
 import { until, within } from '../support/poll.ts'
-import { CMD, encodeRequest } from '../support/wire-client.ts'
+import { CMD, encodeRequest, FLAG } from '../support/wire-client.ts'
 
 const MiB = 2 ** 20
 
@@ -135,6 +135,48 @@ describe.each(implementations)('pressure: $name', (implementation) => {
     expect(back.equals(large.subarray(16 * MiB))).toBe(true)
     for (const each of stalled) each.destroy()
     await until(() => rig.datapath.sessionCount(rig.exportId) === 1, 'the stalled clients to be gone')
+  })
+
+  it('takes large requests through in parts where others hold all of the memory', async () => {
+    const rig = await Rig.open(implementation, { chunkSize: 65_536, stripes: 700, fill: 0x5a })
+    const large = pattern(32 * MiB, 2)
+    const write = encodeRequest({ command: CMD.WRITE, offset: 0, payload: large }, 'structured')
+    for (let index = 0; index < LIMITS.payloadInFlightTotal / large.length; index++) {
+      const client = await rig.connect('structured')
+      client.socket.write(write.subarray(0, 300_000))
+    }
+    await roundTrips(await rig.connect('structured'))
+    const seen = rig.policy.seen.length
+    for (const mode of ['simple', 'structured', 'extended'] as const) {
+      const client = await rig.connect(mode)
+      const data = pattern(3 * MiB + 5000, mode.length)
+      const offset = 33 * MiB + 777
+      await within(client.write(offset, data, FLAG.FUA), `a large write, ${mode}`, 20_000)
+      for (const flags of mode === 'simple' ? [0] : [0, FLAG.DF]) {
+        const back = await within(
+          client.read(offset - 1000, data.length + 2000, flags),
+          'a large read',
+          20_000,
+        )
+        expect(back.subarray(1000, -1000).equals(data)).toBe(true)
+        expect(back.subarray(0, 1000).equals(Buffer.alloc(1000, 0x5a))).toBe(true)
+      }
+      // Others of the same connection go on beside it.
+      const both = await within(
+        Promise.all([
+          client.read(offset, 2 * MiB),
+          client.read(offset, 4096),
+          client.write(offset, data.subarray(0, 4096)),
+        ]),
+        'large and small together',
+        20_000,
+      )
+      expect(both[0].equals(data.subarray(0, 2 * MiB))).toBe(true)
+    }
+    const writes = rig.policy.seen.slice(seen).filter(({ kind }) => kind === 'write')
+    expect(Math.max(...writes.map(({ length }) => length))).toBeLessThanOrEqual(
+      LIMITS.payloadAlwaysPerConnection,
+    )
   })
 
   it('completes a pipelined mix in whatever order the answers come', async () => {

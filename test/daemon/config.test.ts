@@ -14,6 +14,7 @@ describe('the configuration', () => {
       listen: ['nbd+unix:///?socket=/srv/pool/nbd.sock'],
       datapath: 'auto',
       threads: undefined,
+      hotRegions: 4096,
       logLevel: 'info',
     })
   })
@@ -37,7 +38,7 @@ describe('the configuration', () => {
     [
       'an unknown key',
       { treads: 2 },
-      /file: unknown key "treads"; the keys are listen, datapath, threads and log-level/,
+      /file: unknown key "treads"; the keys are listen, datapath, threads, hot-regions and log-level/,
     ],
     ['no object', [], /must hold one JSON object/],
     ['null', null, /must hold one JSON object/],

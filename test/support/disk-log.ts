@@ -1,4 +1,4 @@
-import { spawnSync } from 'node:child_process'
+import { createHash } from 'node:crypto'
 import {
   closeSync,
   existsSync,
@@ -10,8 +10,7 @@ import {
   writeSync,
 } from 'node:fs'
 import { join, relative } from 'node:path'
-import { fileURLToPath } from 'node:url'
-import { expect } from 'vitest'
+import { buildLibrary, hasCompiler } from './build-library.ts'
 import type { Random } from './random.ts'
 import { copyPool } from './volumes.ts'
 
@@ -25,7 +24,6 @@ import { copyPool } from './volumes.ts'
  * A page that was written several times is found as it was after any of those writes; the kernel writes back what a
  * page holds at that moment. Now and then a page is torn: its sectors come from two neighbouring states.
  */
-const SOURCE = fileURLToPath(new URL('disk-log.c', import.meta.url))
 const PAGE = 4096
 const SECTOR = 512
 const HEADER = 24
@@ -33,13 +31,7 @@ const KIND = { write: 1, writeThrough: 2, syncBegin: 3, syncEnd: 4, punch: 5, na
 
 /** Builds the library. @returns its path, or undefined where there is no C compiler */
 export function buildDiskLog(directory: string): string | undefined {
-  if (spawnSync('cc', ['--version']).status !== 0) return undefined
-  const library = join(directory, 'disk-log.so')
-  const built = spawnSync('cc', ['-O1', '-shared', '-fPIC', '-o', library, SOURCE, '-ldl', '-lpthread'], {
-    encoding: 'utf8',
-  })
-  expect(built.status, built.stderr).toBe(0)
-  return library
+  return hasCompiler() ? buildLibrary(directory, 'disk-log.c') : undefined
 }
 
 /** One note, and the environment of the daemons that write it. */
@@ -109,6 +101,12 @@ export const FATES: readonly ((path: string, random: Random) => Survival)[] = [
   (_, random) => random.pick(['none', 'some', 'all']),
 ]
 
+export interface Outcome {
+  readonly lost: string // what was lost, for messages
+  readonly fingerprint: string // the same for two outcomes of one note exactly where the pools are the same
+  readonly build: (target: string) => void
+}
+
 export class PowerCut {
   readonly #root: string
   readonly #base: string
@@ -142,26 +140,69 @@ export class PowerCut {
     return chosen?.end ?? 0
   }
 
+  /** The writes to the members: where each lies in the note (behind it), and what its sectors say of themselves (sector-data.ts). */
+  *memberWrites(): Generator<{ position: number; sectors: { token: bigint; sector: number }[] }> {
+    for (const { kind, file, data, end } of this.#records) {
+      if (kind !== KIND.write || data === undefined || this.#paths[file]?.startsWith('member') !== true)
+        continue
+      const sectors = []
+      for (let at = 0; at + SECTOR <= data.length; at += SECTOR) {
+        sectors.push({ token: data.readBigUInt64LE(at), sector: Number(data.readBigUInt64LE(at + 8)) })
+      }
+      yield { position: end, sectors }
+    }
+  }
+
+  /** The positions right before and right behind everything that made something durable: between them nothing changes but what may be lost. */
+  boundaries(): number[] {
+    const positions = new Set<number>()
+    this.#records.forEach(({ kind, end }, index) => {
+      if (kind !== KIND.syncEnd && kind !== KIND.syncBegin && kind !== KIND.writeThrough) return
+      positions.add(this.#records[index - 1]?.end ?? 0)
+      positions.add(end)
+    })
+    const last = this.#records.at(-1)
+    if (last !== undefined) positions.add(last.end)
+    return [...positions].sort((a, b) => a - b)
+  }
+
   /** Builds in `target` what may be found after a failure at `position`. @returns what was lost, for messages */
   build(target: string, position: number, random: Random, survival: (path: string) => Survival): string {
-    copyPool(this.#base, target)
-    rmSync(join(target, 'metadata/lock.mdb'), { force: true }) // says who is alive; nobody is
+    const outcome = this.outcome(position, random, survival)
+    outcome.build(target)
+    return outcome.lost
+  }
+
+  /** What may be found after a failure at `position`, not built yet. */
+  outcome(position: number, random: Random, survival: (path: string) => Survival): Outcome {
     const told: string[] = []
+    const hash = createHash('sha256')
+    const found: { path: string; pages: { page: number; content: Buffer }[] }[] = []
     for (const { path, pages } of this.#statesAt(position)) {
       const choice = survival(path)
       let kept = 0
       let open = 0
-      const fd = openSync(join(target, path), 'r+')
+      const chosen: { page: number; content: Buffer }[] = []
       for (const [page, versions] of pages) {
         const content = pick(versions, choice, random)
         if (versions.length > 1) open++
         if (versions.length > 1 && content !== versions[0]?.content) kept++
-        writeSync(fd, content, 0, PAGE, page * PAGE)
+        chosen.push({ page, content })
+        hash.update(`${path} ${page}`).update(content)
       }
-      closeSync(fd)
+      found.push({ path, pages: chosen })
       told.push(`${path}: ${choice}, ${kept} of ${open} pages`)
     }
-    return told.join('; ')
+    const build = (target: string): void => {
+      copyPool(this.#base, target)
+      rmSync(join(target, 'metadata/lock.mdb'), { force: true }) // says who is alive; nobody is
+      for (const { path, pages } of found) {
+        const fd = openSync(join(target, path), 'r+')
+        for (const { page, content } of pages) writeSync(fd, content, 0, PAGE, page * PAGE)
+        closeSync(fd)
+      }
+    }
+    return { lost: told.join('; '), fingerprint: hash.digest('hex'), build }
   }
 
   #statesAt(position: number): Iterable<FileState> {

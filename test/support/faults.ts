@@ -1,5 +1,6 @@
 import { StoreError } from '../../src/base/errors.ts'
 import type { Datapath } from '../../src/datapath/datapath.ts'
+import { Journal } from '../../src/metadata/journal.ts'
 import { type Commit, MetadataStore } from '../../src/metadata/store.ts'
 
 /** Holds calls of one method of a real datapath, or makes them fail, so that a test can choose the moment of a race. */
@@ -77,5 +78,40 @@ export class CommitGate {
   open(): void {
     MetadataStore.prototype.commit = this.#commit
     for (const go of this.held.splice(0)) go()
+  }
+}
+
+/** Syncs of the journal wait until `open`. */
+export class SyncGate {
+  readonly held: (() => void)[] = []
+  /** How many there were. */
+  passed = 0
+  readonly #sync = Journal.prototype.sync
+
+  constructor() {
+    const sync = this.#sync
+    const wait = (): Promise<void> => {
+      this.passed++
+      return new Promise((resolve) => this.held.push(resolve))
+    }
+    Journal.prototype.sync = async function (this: Journal): Promise<void> {
+      await wait()
+      return sync.call(this)
+    }
+  }
+
+  open(): void {
+    Journal.prototype.sync = this.#sync
+    for (const go of this.held.splice(0)) go()
+  }
+}
+
+/** Syncs of the journal fail. @returns mends it */
+export function failingSyncs(): () => void {
+  const { sync } = Journal.prototype
+  Journal.prototype.sync = () =>
+    Promise.reject(new StoreError('MEMBER_IO', 'journal: sync failed: no such luck'))
+  return () => {
+    Journal.prototype.sync = sync
   }
 }

@@ -4,7 +4,7 @@ import { join } from 'node:path'
 import { pino } from 'pino'
 import { Listener } from '../../src/daemon/listener.ts'
 import { NbdClient, type NbdClientOptions } from '../../src/nbd/client.ts'
-import { Pool, type PoolEvent } from '../../src/volume/pool.ts'
+import { Pool, type PoolEvent, type PoolOptions } from '../../src/volume/pool.ts'
 
 /** A pool with its NBD listener on a unix socket, in this process. Restart it, copy its directory, look inside. */
 export type DatapathChoice = 'native' | 'portable'
@@ -23,10 +23,15 @@ export class ServedPool {
     this.events = events
   }
 
-  static async open(directory: string, datapath: DatapathChoice): Promise<ServedPool> {
+  static async open(
+    directory: string,
+    datapath: DatapathChoice,
+    options: Pick<PoolOptions, 'hotSet'> = {},
+  ): Promise<ServedPool> {
     const log = pino({ level: process.env['TEST_LOG'] ?? 'silent' })
     const events: PoolEvent[] = []
-    const pool = await Pool.open(directory, { datapath, log, onEvent: (event) => events.push(event) })
+    const onEvent = (event: PoolEvent): unknown => events.push(event)
+    const pool = await Pool.open(directory, { datapath, log, onEvent, ...options })
     const socket = join(mkdtempSync(join(tmpdir(), 'fullstripe-nbd-')), 'nbd.sock')
     const listener = await Listener.open({
       uris: [`nbd+unix:///?socket=${socket}`],
