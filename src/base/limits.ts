@@ -59,7 +59,7 @@ export const LIMITS = {
   hotRegionsMax: 4096,
   hotRegionsLimit: 2 ** 20,
   /** Intents: a region that nobody writes to for once to twice this long is no longer announced. */
-  hotRegionCoolMs: 5_000,
+  hotRegionCoolMs: 10_000,
   /** How long a first write may wait for its neighbours, so that a sequential fill writes each stripe once. */
   mergeHoldMs: 2,
   drainMsMax: 30_000,

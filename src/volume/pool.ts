@@ -471,9 +471,11 @@ export class Pool {
 
   #pageSource(): PageSource {
     return {
+      // Not those of intents: marks come and go all the time, and the journal has them. They go along with a checkpoint that
+      // somebody else needs; one just for them would sync the members every second.
       dirtyPages: () => {
         let count = 0
-        for (const pages of this.#allPages()) count += pages.dirtyPages
+        for (const pages of this.#allPages()) if (pages instanceof VolumeTables) count += pages.dirtyPages
         return count
       },
       takeDirtyPages: () => [...this.#allPages()].flatMap((pages) => pages.takeDirtyPages()),

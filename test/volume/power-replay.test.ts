@@ -25,7 +25,7 @@ import { copyPool, DATAPATHS, readAll } from '../support/volumes.ts'
  * FULLSTRIPE_TEST_OPERATIONS makes the life longer, FULLSTRIPE_TEST_CUTS the number of random choices at each moment;
  * TEST_SEED repeats them.
  */
-const OPERATIONS = Number(process.env['FULLSTRIPE_TEST_OPERATIONS'] ?? 16)
+const OPERATIONS = Number(process.env['FULLSTRIPE_TEST_OPERATIONS'] ?? 12)
 const CUTS = Number(process.env['FULLSTRIPE_TEST_CUTS'] ?? 1)
 const STRIPE = 4096
 const SIZE = 10 * STRIPE + SECTOR
