@@ -239,8 +239,12 @@ export const volumeCreateBody = object(
 )
 export const volumeChangeBody = object(
   'What to change',
-  { name: volumeName, intents: flag('announce changes on disk before they are made') },
-  ['name', 'intents'],
+  {
+    name: volumeName,
+    intents: flag('announce changes on disk, region by region, before they are made'),
+    regionSize: { type: 'integer', description: 'of those regions, in bytes, when this is switched on' },
+  },
+  ['name', 'intents', 'regionSize'],
 )
 export const resizeBody = object(
   'A new size',

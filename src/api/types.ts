@@ -59,6 +59,7 @@ export interface VolumeCreateBody {
 export interface VolumeChangeBody {
   readonly name?: string
   readonly intents?: boolean
+  readonly regionSize?: number // bytes; where intents are switched on
 }
 export interface ResizeBody {
   readonly size: number

@@ -61,9 +61,9 @@ export function volumeRoutes(app: FastifyInstance, daemon: Daemon): void {
       },
     },
     async (request): Promise<VolumeInfo> => {
-      const { name, intents } = request.body
+      const { name, intents, regionSize } = request.body
       const volume = pool.volume(request.params.name)
-      if (intents !== undefined) await volume.keepIntents(intents)
+      if (intents !== undefined) await volume.keepIntents(intents, regionSize)
       if (name !== undefined) await pool.renameVolume(volume.name, name)
       return volume.info()
     },

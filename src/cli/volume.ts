@@ -1,5 +1,5 @@
 /** fullstripe volume create|list|show|resize|delete|rename|set|acknowledge|map|format */
-import type { VolumeCreateBody } from '../api/types.ts'
+import type { VolumeChangeBody, VolumeCreateBody } from '../api/types.ts'
 import { LIMITS } from '../base/limits.ts'
 import { approximateSize, formatSize, parseSize } from '../base/sizes.ts'
 import type { VolumeInfo } from '../volume/volume.ts'
@@ -183,12 +183,23 @@ function setCommand(group: Root, cli: Cli): void {
           describe:
             'Know after a crash which regions may hold writes that were not flushed; off forgets them',
         })
+        .option('region-size', {
+          type: 'string',
+          requiresArg: true,
+          describe: 'Size of such a region, when they are switched on',
+          defaultDescription: '1M',
+        })
         .example(
           'fullstripe volume set data --intents on',
           'for replication and backup of what a crash left',
         ),
     async (argv) => {
-      const body = { intents: argv.intents === 'on' }
+      const body: VolumeChangeBody = {
+        intents: argv.intents === 'on',
+        ...(argv['region-size'] === undefined
+          ? {}
+          : { regionSize: parseSize(argv['region-size'], '--region-size') }),
+      }
       const info = await clientOf(argv).patch<VolumeInfo>(volumePath(argv.name), body)
       cli.output.result(info, () => [`volume ${info.name}: intents are ${argv.intents}`])
     },

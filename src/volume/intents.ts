@@ -1,5 +1,9 @@
 import { assert } from '../base/assert.ts'
-import type { IntentMap } from '../metadata/intents.ts'
+import { UserError } from '../base/errors.ts'
+import { LIMITS } from '../base/limits.ts'
+import { approximateSize } from '../base/sizes.ts'
+import { type IntentMap, regionUnitsOf } from '../metadata/intents.ts'
+import type { IntentsRecord } from '../metadata/records.ts'
 import { type HotSet, Region, type RegionOwner } from './hot-set.ts'
 
 /**
@@ -20,6 +24,22 @@ export interface IntentsTarget {
 
 /** Who needs intents when the operator has asked for them. */
 export const OPERATOR = 'operator'
+
+/** The record of a volume that somebody needs intents of. @param regionSize bytes. @throws UserError USAGE */
+export function newIntents(
+  need: string,
+  unitBytes: number,
+  regionSize: number | undefined,
+  what: string,
+): IntentsRecord {
+  const { intentRegionBytesMin: min, intentRegionBytesMax: max, intentRegionBytes: usual } = LIMITS
+  const size = regionSize ?? usual
+  if (!Number.isSafeInteger(size) || size < min || size > max) {
+    const range = `${approximateSize(min)} to ${approximateSize(max)}`
+    throw new UserError('USAGE', `${what}: the size of a region has to be ${range}, not ${size}`)
+  }
+  return { regionUnits: regionUnitsOf(unitBytes, size), needs: [need], stops: 0, since: null }
+}
 
 /** Regions that are announced together with one of a sequential fill. */
 const REGIONS_AHEAD = 8

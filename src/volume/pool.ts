@@ -7,13 +7,13 @@ import { approximateSize } from '../base/sizes.ts'
 import { Throttle } from '../base/throttle.ts'
 import type { Datapath, StoreLayout } from '../datapath/datapath.ts'
 import { openDatapath } from '../datapath/open.ts'
-import { IntentMap, regionUnitsOf } from '../metadata/intents.ts'
+import { IntentMap } from '../metadata/intents.ts'
 import { Ledger, type PageSource } from '../metadata/ledger.ts'
 import type { PoolRecord, VolumeRecord } from '../metadata/records.ts'
 import { SlotAllocator } from '../stripe/allocator.ts'
 import { chunkOffsetOf } from '../stripe/geometry.ts'
 import { HotSet, type HotSetOptions } from './hot-set.ts'
-import { OPERATOR } from './intents.ts'
+import { newIntents, OPERATOR } from './intents.ts'
 import { type PoolInfo, poolInfo } from './pool-info.ts'
 import { closeParts, descriptorOf, openPoolParts, type PoolParts } from './pool-parts.ts'
 import { Reclaimer } from './reclaimer.ts'
@@ -255,7 +255,9 @@ export class Pool {
       }
       const unitCount = Math.ceil(Math.ceil(size / stripeSize) / formatUnit)
       const intents =
-        options.intents === true ? this.#newIntents(options, formatUnit * stripeSize) : undefined
+        options.intents === true
+          ? newIntents(OPERATOR, formatUnit * stripeSize, options.regionSize, `volume ${name}`)
+          : undefined
       const stripes = Math.ceil(size / stripeSize)
       const runs =
         provision === 'thick'
@@ -433,18 +435,6 @@ export class Pool {
         for (const back of undo) back()
       },
     )
-  }
-
-  #newIntents({ name, regionSize = LIMITS.intentRegionBytes }: VolumeCreateOptions, unitBytes: number) {
-    const { intentRegionBytesMin: min, intentRegionBytesMax: max } = LIMITS
-    if (!Number.isSafeInteger(regionSize) || regionSize < min || regionSize > max) {
-      const range = `${approximateSize(min)} to ${approximateSize(max)}`
-      throw new UserError(
-        'USAGE',
-        `volume ${name}: the size of a region has to be ${range}, not ${regionSize}`,
-      )
-    }
-    return { regionUnits: regionUnitsOf(unitBytes, regionSize), needs: [OPERATOR], stops: 0, since: null }
   }
 
   #tellSuspects(volume: Volume, count: number): void {

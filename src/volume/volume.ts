@@ -3,12 +3,12 @@ import { LIMITS } from '../base/limits.ts'
 import { Mutex } from '../base/locks.ts'
 import { formatSize } from '../base/sizes.ts'
 import type { Datapath, ExportCounters, ExportId } from '../datapath/datapath.ts'
-import { IntentMap, regionUnitsOf } from '../metadata/intents.ts'
+import { IntentMap } from '../metadata/intents.ts'
 import type { SlotRun, VolumeRecord } from '../metadata/records.ts'
 import type { Commit } from '../metadata/store.ts'
 import { Formatter, type FormatterInfo } from './formatter.ts'
 import type { HotSet } from './hot-set.ts'
-import { OPERATOR, VolumeIntents } from './intents.ts'
+import { newIntents, OPERATOR, VolumeIntents } from './intents.ts'
 import { type PolicyHost, VolumePolicy } from './policy.ts'
 import type { FreedRun } from './reclaimer.ts'
 import { CONTEXTS, type MapExtent, mapExtents } from './status.ts'
@@ -246,10 +246,10 @@ export class Volume {
         await this.#save({ intents: { ...intents, needs: [...intents.needs, name] } })
         return
       }
-      const regionUnits = regionUnitsOf(this.#tables.unitBytes, regionSize)
-      const map = new IntentMap(this.#tables.medium, regionUnits, this.#tables.unitCount)
+      const made = newIntents(name, this.#tables.unitBytes, regionSize, `volume ${this.name}`)
+      const map = new IntentMap(this.#tables.medium, made.regionUnits, this.#tables.unitCount)
       await this.#store(
-        { intents: { regionUnits, needs: [name], stops: 0, since: null } },
+        { intents: made },
         (putVolumes) => {
           this.#intentMap = map
           return { putVolumes }
@@ -292,8 +292,8 @@ export class Volume {
   }
 
   /** The operator's need. */
-  keepIntents(keep: boolean): Promise<void> {
-    return keep ? this.needIntents(OPERATOR) : this.releaseIntents(OPERATOR)
+  keepIntents(keep: boolean, regionSize?: number): Promise<void> {
+    return keep ? this.needIntents(OPERATOR, regionSize) : this.releaseIntents(OPERATOR)
   }
 
   /**

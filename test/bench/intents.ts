@@ -1,7 +1,7 @@
 /**
- * What intents cost: 4 KiB random writes at depth 32 to two formatted volumes of one pool, one with intents and one without, in
- * turn, round after round, now the one first and now the other. The median of the rounds' ratios counts: what else the machine
- * does falls on both sides of each.
+ * What intents cost: 4 KiB random writes at depth 32 to a formatted volume, with intents and without, switched on and off in turn
+ * (two volumes are never quite the same: how they were filled decides what the page cache is made of), now the one first and now
+ * the other. The median of the rounds' ratios counts: what else the machine does falls on both sides of each.
  *
  *   hot    the volume fits into the hot set: marks are made once, then every write goes in place
  *   cold   the volume is 16 times as large as the hot set: nearly every write waits for a mark, and others have to cool for it
@@ -13,7 +13,7 @@ import { type Load, runFio } from './fio.ts'
 import { cpuSeconds } from './processes.ts'
 import type { Check } from './report.ts'
 import { median, type Sample, sampleOf } from './rows.ts'
-import { controlSocket, fullstripe, nbdUri, serve } from './servers.ts'
+import { controlSocket, EXPORT, fullstripe, nbdUri, serve } from './servers.ts'
 
 const KiB = 1024
 const MiB = 1024 * KiB
@@ -25,9 +25,9 @@ const FILL: Load = { pattern: 'write', block: MiB, depth: 8, connections: 1 }
 
 interface Setting {
   readonly name: string
-  readonly size: number // bytes of each volume
+  readonly size: number // bytes of the volume
   readonly serve: readonly string[]
-  readonly create: readonly string[]
+  readonly regions: readonly string[]
 }
 
 interface Result {
@@ -46,13 +46,13 @@ export async function intentsCost(
     name: 'hot',
     size: (quick ? 64 : 256) * MiB,
     serve: [],
-    create: [],
+    regions: [],
   })
   const cold = await measure(directory, datapath, quick, {
     name: 'cold',
     size: COLD.hotRegions * COLD.regionSize * COLD.times,
     serve: ['--hot-regions', String(COLD.hotRegions)],
-    create: ['--region-size', String(COLD.regionSize)],
+    regions: ['--region-size', String(COLD.regionSize)],
   })
   const text = ({ throughput, cpu, requestsPerSecond }: Result) =>
     `${throughput.toFixed(2)} x without, CPU ${cpu.toFixed(2)} x (${requestsPerSecond.toFixed(0)}/s)`
@@ -83,28 +83,32 @@ async function measure(
   const daemon = serve(pool, datapath, setting.serve)
   try {
     await daemon.listening(controlSocket(pool))
-    const volumes = { without: [], with: ['--intents', ...setting.create] } as const
-    const uri = (name: string) => nbdUri(join(pool, 'nbd.sock'), name)
-    for (const [name, options] of Object.entries(volumes)) {
-      const size = ['--size', String(setting.size)]
-      await fullstripe(['volume', 'create', name, ...size, ...options, '--pool', pool])
-      await runFio(uri(name), FILL, { size: setting.size })
-    }
-    const round = async (name: keyof typeof volumes): Promise<Sample> => {
+    const uri = nbdUri(join(pool, 'nbd.sock'))
+    await fullstripe(['volume', 'create', EXPORT, '--size', String(setting.size), '--pool', pool])
+    await runFio(uri, FILL, { size: setting.size })
+    let requests = 0
+    let marks = 0
+    const round = async (intents: 'on' | 'off'): Promise<Sample> => {
+      const options = intents === 'on' ? setting.regions : []
+      await fullstripe(['volume', 'set', EXPORT, '--intents', intents, ...options, '--pool', pool])
+      const load = { size: setting.size, seconds: 1 }
+      await runFio(uri, WRITES, load) // the first marks; and without intents, the first direct bits
+      const before = intents === 'on' ? await announced(pool) : 0
       const cpu = cpuSeconds(daemon.pid)
-      const done = await runFio(uri(name), WRITES, { size: setting.size, seconds: 1 })
-      return sampleOf(done, cpuSeconds(daemon.pid) - cpu)
+      const done = await runFio(uri, WRITES, load)
+      const sample = sampleOf(done, cpuSeconds(daemon.pid) - cpu)
+      if (intents === 'on') {
+        requests += done.requests
+        marks += (await announced(pool)) - before
+      }
+      return sample
     }
-    await round('with') // the first marks
-    const before = await announced(pool)
     const samples: { without: Sample; with: Sample }[] = []
-    for (let n = 0; n < (quick ? 3 : 15); n++) {
-      const first = n % 2 === 0 ? await round('without') : undefined
-      const kept = await round('with')
-      samples.push({ without: first ?? (await round('without')), with: kept })
+    for (let n = 0; n < (quick ? 3 : 11); n++) {
+      const first = n % 2 === 0 ? await round('off') : undefined
+      const kept = await round('on')
+      samples.push({ without: first ?? (await round('off')), with: kept })
     }
-    const marks = (await announced(pool)) - before
-    const requests = samples.reduce((sum, sample) => sum + sample.with.requestsPerSecond, 0) // of a second each
     const ratio = (of: (sample: Sample) => number) =>
       median(samples.map((pair) => of(pair.with) / of(pair.without)))
     return {
@@ -119,7 +123,7 @@ async function measure(
 }
 
 async function announced(pool: string): Promise<number> {
-  const { json } = await fullstripe(['volume', 'show', 'with', '--pool', pool])
+  const { json } = await fullstripe(['volume', 'show', EXPORT, '--pool', pool])
   const count: unknown = Reflect.get(Object(Reflect.get(Object(json), 'intents')), 'announced')
   if (typeof count !== 'number') throw new Error('the volume keeps no intents')
   return count

@@ -46,7 +46,7 @@ export function serve(
 }
 
 export const controlSocket = (pool: string) => join(pool, 'control.sock')
-export const nbdUri = (path: string, name = EXPORT) => `nbd+unix:///${name}?socket=${path}`
+export const nbdUri = (path: string) => `nbd+unix:///${EXPORT}?socket=${path}`
 
 export async function startOurs(
   directory: string,

@@ -238,6 +238,7 @@ RigOptions small(RigOptions options) {
   options.members = 2;
   options.formatUnit = options.engine == EngineChoice::Threads ? 1 : 2;
   options.payloadMax = 256 * 1024;
+  options.slowReads = true;
   options.shuffled = 1 + setting("TEST_SEED", 1);
   return options;
 }

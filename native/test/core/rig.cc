@@ -12,9 +12,26 @@
 #include <future>
 
 namespace nbd::test {
+namespace {
+
+std::atomic<bool> slowReads{false};
+
+}  // namespace
+}  // namespace nbd::test
+
+ssize_t slowPread(int fd, void* data, size_t size, off_t offset) {
+  static thread_local nbd::test::Random random(reinterpret_cast<uintptr_t>(&random));
+  if (nbd::test::slowReads.load(std::memory_order_relaxed) && random.chance(10)) {
+    std::this_thread::sleep_for(std::chrono::microseconds(random.below(5000)));
+  }
+  return pread(fd, data, size, offset);
+}
+
+namespace nbd::test {
 
 Rig::Rig(const RigOptions& options)
     : options(options), stripeSize(options.members * options.chunkSize), random_(options.shuffled) {
+  slowReads = options.slowReads;
   const uint64_t stripes = (options.size + stripeSize - 1) / stripeSize;
   slots.resize(stripes);
   init.resize(stripes / 32 + 1);
@@ -228,13 +245,15 @@ bool Rig::fill(const Call& call) {
       continue;
     }
     std::vector<double> words{2, 0, kExport, static_cast<double>(first), static_cast<double>(last - first)};
-    const uint32_t slot = nextSlot_;
-    nextSlot_ += static_cast<uint32_t>(last - first);
-    for (uint64_t stripe = first; stripe < last; stripe++) words.push_back(slot + static_cast<double>(stripe - first));
+    std::vector<uint32_t> taken;
+    for (uint64_t stripe = first; stripe < last; stripe++) {
+      taken.push_back(takeSlot());
+      words.push_back(taken.back());
+    }
     words.insert(words.end(), {0, 1, static_cast<double>(call.index)});
     if (!await(submit(words))) return false;
     for (uint64_t stripe = first; stripe < last; stripe++) {
-      __atomic_store_n(&slots[stripe], slot + static_cast<uint32_t>(stripe - first), __ATOMIC_SEQ_CST);
+      __atomic_store_n(&slots[stripe], taken[stripe - first], __ATOMIC_SEQ_CST);
     }
     setBit(init, unit, true);
     for (uint64_t stripe = first; stripe < last; stripe++) setBit(direct, stripe, true);
@@ -259,8 +278,17 @@ void Rig::trim(const Call& call) {
   for (uint64_t stripe = first; stripe < last; stripe++) {
     const uint32_t slot = slots[stripe];
     __atomic_store_n(&slots[stripe], kSlotNone, __ATOMIC_SEQ_CST);
-    if (slot != kSlotNone && !await(submit({5, 0, static_cast<double>(slot), 1}))) return;
+    if (slot == kSlotNone) continue;
+    if (!await(submit({5, 0, static_cast<double>(slot), 1}))) return;
+    freeSlots_.push_back(slot);
   }
+}
+
+uint32_t Rig::takeSlot() {
+  if (freeSlots_.empty()) return nextSlot_++;
+  const uint32_t slot = freeSlots_.back();
+  freeSlots_.pop_back();
+  return slot;
 }
 
 // --- from tests ----------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ struct RigOptions {
   uint64_t payloadPerConnection = 16 << 20;
   uint64_t payloadTotal = 64 << 20;
   uint64_t shuffled = 0;  // seed
+  bool slowReads = false;  // reads of the threads engine and of the policy take a while, now and then
 };
 
 class Client;
@@ -85,11 +86,13 @@ class Rig {
   bool await(double tag);
   void handle(const Call& call);
   bool fill(const Call& call);
+  uint32_t takeSlot();
   void trim(const Call& call);
 
   std::vector<int> members_;
   std::unique_ptr<Datapath> datapath_;
   uint32_t nextSlot_ = 1;
+  std::vector<uint32_t> freeSlots_;  // handed out again before new ones: whoever still reads them shows
   std::deque<Call> queue_;  // policy's thread
   Random random_;
   std::vector<std::pair<uint32_t, uint32_t>> answers_;  // upcall and error, not sent yet
