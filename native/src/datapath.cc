@@ -83,6 +83,11 @@ void Datapath::stop() {
   upcalls_.clear();
   pending_.clear();
   pendingAt_ = 0;
+  for (RangeWaiting& waiting : rangeBarriers_) {
+    delete waiting.barrier->retired;
+    delete waiting.barrier;
+  }
+  rangeBarriers_.clear();
   for (auto& [id, target] : exports_) delete target->tables.load();
   exports_.clear();
 }
@@ -127,7 +132,8 @@ void Datapath::serve(uint32_t exportId, SessionOptions options) {
   shared_.loops[loop]->post(command);
 }
 
-void Datapath::finishClose(Export& target) {
+void Datapath::settleClose(Export& target) {
+  if (!target.closing || target.sessions > 0 || target.adopted > 0 || target.rangeReads > 0) return;
   Event event{};
   event.kind = EventKind::Done;
   event.tag = target.closeTag;
@@ -135,6 +141,7 @@ void Datapath::finishClose(Export& target) {
   pending_.push_back(event);
   delete target.tables.exchange(nullptr);
   exports_.erase(target.id);
+  shared_.events.nudge();
 }
 
 // --- commands ------------------------------------------------------------------------------------------------------
@@ -152,6 +159,17 @@ Upcall* Datapath::release(double index) {
   return upcall;
 }
 
+uint32_t Datapath::hold(Upcall* upcall) {
+  if (freeIndexes_.empty()) {
+    upcalls_.push_back(upcall);
+    return static_cast<uint32_t>(upcalls_.size() - 1);
+  }
+  const uint32_t index = freeIndexes_.back();
+  freeIndexes_.pop_back();
+  upcalls_[index] = upcall;
+  return index;
+}
+
 void Datapath::post(uint32_t loop, const LoopCommand& command) { batches_[loop].push_back(command); }
 
 void Datapath::sendBatches() {
@@ -166,7 +184,7 @@ void Datapath::barrier(double tag, const Tables* retired) {
   Barrier* barrier = new Barrier;
   barrier->tag = tag;
   barrier->retired = retired;
-  barrier->remaining.store(static_cast<uint32_t>(shared_.loops.size()));
+  barrier->remaining.store(static_cast<uint32_t>(shared_.loops.size()) + 1);
   for (uint32_t loop = 0; loop < shared_.loops.size(); loop++) {
     // A thread without sessions has no access in flight and gets none before this thread gives it a session.
     if (sessionLoops_[loop] == 0) {
@@ -178,6 +196,12 @@ void Datapath::barrier(double tag, const Tables* retired) {
     command.barrier = barrier;
     post(loop, command);
   }
+  if (rangeEpochs_.size() == 1 && rangeEpochs_.back() == 0) {
+    shared_.pass(barrier);
+    return;
+  }
+  rangeBarriers_.push_back({rangeEpochFirst_ + rangeEpochs_.size() - 1, barrier});
+  rangeEpochs_.push_back(0);
 }
 
 void Datapath::submit(const double* words, size_t count) {
@@ -199,6 +223,15 @@ const double* Datapath::submitOne(const double* at, const double* end) {
   switch (kind) {
     case kComplete: {
       Upcall* upcall = release(take());
+      if (upcall->connection == nullptr) {
+        take();
+        Export& target = *upcall->target;
+        if (upcall->payload != nullptr) upcall->payload->release();
+        delete upcall;
+        target.adopted--;
+        settleClose(target);
+        return at;
+      }
       LoopCommand command{};
       command.kind = LoopCommand::Kind::Complete;
       command.upcall = upcall;
@@ -249,8 +282,7 @@ const double* Datapath::submitOne(const double* at, const double* end) {
       target.closing = true;
       target.closeTag = tag;
       if (target.sessions == 0) {
-        finishClose(target);
-        shared_.events.nudge();
+        settleClose(target);
         return at;
       }
       LoopCommand command{};
@@ -263,6 +295,61 @@ const double* Datapath::submitOne(const double* at, const double* end) {
       NBD_ASSERT(false);
   }
   return at;
+}
+
+uint32_t Datapath::adopt(uint32_t exportId, UpcallKind kind, uint64_t offset, uint64_t length, uint8_t* data) {
+  Export& target = *exports_.at(exportId);
+  NBD_ASSERT(!target.closing);
+  NBD_ASSERT((kind == UpcallKind::Write) == (data != nullptr));
+  Upcall* upcall = new Upcall;
+  upcall->target = &target;
+  upcall->kind = kind;
+  upcall->offset = offset;
+  upcall->length = length;
+  if (data != nullptr) upcall->payload = Payload::borrow(data, length);
+  target.adopted++;
+  return hold(upcall);
+}
+
+bool Datapath::readPayload(uint32_t index, uint64_t offset, uint8_t* target, uint64_t length) {
+  const Upcall& upcall = *outstanding(index);
+  if (upcall.payload == nullptr || offset > upcall.payload->size || length > upcall.payload->size - offset) return false;
+  memcpy(target, upcall.payload->data() + offset, length);
+  return true;
+}
+
+void Datapath::readRange(double tag, uint32_t exportId, uint64_t offset, uint8_t* data, uint64_t length) {
+  const auto found = exports_.find(exportId);
+  Export* target = found == exports_.end() ? nullptr : found->second.get();
+  if (target == nullptr || (target->closing && target->sessions == 0 && target->adopted == 0)) {
+    Event event{};
+    event.kind = EventKind::Done;
+    event.tag = tag;
+    event.error = {ECANCELED, 0, 0};
+    shared_.events.push(event);
+    return;
+  }
+  const uint64_t size = target->current().size;
+  NBD_ASSERT(offset <= size && length <= size - offset);
+  target->rangeReads++;
+  rangeEpochs_.back()++;
+  submitRange(shared_, tag, *target, rangeEpochFirst_ + rangeEpochs_.size() - 1, offset, data, length);
+}
+
+void Datapath::rangeReadDone(Export& target, uint64_t epoch) {
+  NBD_ASSERT(epoch >= rangeEpochFirst_ && rangeEpochs_[epoch - rangeEpochFirst_] > 0);
+  rangeEpochs_[epoch - rangeEpochFirst_]--;
+  while (rangeEpochs_.size() > 1 && rangeEpochs_.front() == 0) {
+    rangeEpochs_.pop_front();
+    rangeEpochFirst_++;
+  }
+  while (!rangeBarriers_.empty() && rangeBarriers_.front().epoch < rangeEpochFirst_) {
+    shared_.pass(rangeBarriers_.front().barrier);
+    rangeBarriers_.pop_front();
+  }
+  NBD_ASSERT(target.rangeReads > 0);
+  target.rangeReads--;
+  settleClose(target);
 }
 
 void Datapath::slotIo(double tag, bool write, uint32_t slot, uint64_t offset, uint8_t* data, uint64_t length) {
@@ -350,16 +437,7 @@ void Datapath::fillRecord(const Event& event, double* out) {
   switch (event.kind) {
     case EventKind::Upcall: {
       const Upcall& upcall = *event.upcall;
-      uint32_t index;
-      if (freeIndexes_.empty()) {
-        index = static_cast<uint32_t>(upcalls_.size());
-        upcalls_.push_back(event.upcall);
-      } else {
-        index = freeIndexes_.back();
-        freeIndexes_.pop_back();
-        upcalls_[index] = event.upcall;
-      }
-      out[1] = index;
+      out[1] = hold(event.upcall);
       out[2] = upcall.target->id;
       out[3] = static_cast<double>(upcall.kind);
       out[4] = upcall.request.flags;
@@ -377,6 +455,7 @@ void Datapath::fillRecord(const Event& event, double* out) {
       out[4] = event.error.member;
       out[5] = static_cast<double>(event.error.offset);
       out[6] = event.write ? 1 : 0;
+      if (event.target != nullptr) rangeReadDone(*event.target, event.epoch);
       return;
     case EventKind::SessionEnd: {
       out[1] = event.tag;
@@ -387,7 +466,7 @@ void Datapath::fillRecord(const Event& event, double* out) {
       loopOfSession_.erase(session);
       Export& target = *event.target;
       target.sessions--;
-      if (target.closing && target.sessions == 0) finishClose(target);
+      settleClose(target);
       return;
     }
   }

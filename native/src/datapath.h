@@ -14,6 +14,7 @@
 //   7 close export  tag, export
 #pragma once
 
+#include <deque>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -51,6 +52,13 @@ class Datapath {
   void submit(const double* words, size_t count);
   /// Answers a status upcall: context, n, then length and flags n times; for each context.
   void completeStatus(uint32_t index, const double* words, size_t count);
+  /// An upcall without a connection; returns its index. `data` (null for trim and zero) is read until it is completed.
+  uint32_t adopt(uint32_t exportId, UpcallKind kind, uint64_t offset, uint64_t length, uint8_t* data);
+  /// Copies from the payload of a write upcall; false where the range is not inside it.
+  bool readPayload(uint32_t index, uint64_t offset, uint8_t* target, uint64_t length);
+  /// What a client would read, from the tables as they are now; waited for by barriers that come later. Done with ECANCELED
+  /// once the export is closed, or is being closed and nobody is left to answer.
+  void readRange(double tag, uint32_t exportId, uint64_t offset, uint8_t* data, uint64_t length);
   void slotIo(double tag, bool write, uint32_t slot, uint64_t offset, uint8_t* data, uint64_t length);
   /// Fills at most `records` records and returns how many; fewer than that: nothing is left.
   size_t drain(double* out, size_t records);
@@ -70,7 +78,10 @@ class Datapath {
   void barrier(double tag, const Tables* retired);
   void post(uint32_t loop, const LoopCommand& command);
   void sendBatches();
-  void finishClose(Export& target);
+  /// Forgets an export that is being closed as soon as nothing is left of it.
+  void settleClose(Export& target);
+  void rangeReadDone(Export& target, uint64_t epoch);
+  uint32_t hold(Upcall* upcall);
   void fillRecord(const Event& event, double* out);
 
   Shared shared_;
@@ -83,6 +94,15 @@ class Datapath {
   std::vector<std::vector<LoopCommand>> batches_;
   std::vector<Event> pending_;
   size_t pendingAt_ = 0;
+
+  // Range reads that have not been reported, by epoch: as in Loop, a barrier closes the current one (the last).
+  struct RangeWaiting {
+    uint64_t epoch;
+    Barrier* barrier;
+  };
+  std::deque<uint64_t> rangeEpochs_{0};
+  uint64_t rangeEpochFirst_ = 0;
+  std::deque<RangeWaiting> rangeBarriers_;
 };
 
 }  // namespace nbd

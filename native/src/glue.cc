@@ -15,7 +15,7 @@
 namespace {
 
 /// Raised with every change of the commands, events or arguments; src/datapath/native.ts refuses another.
-constexpr double kBindingVersion = 1;
+constexpr double kBindingVersion = 2;
 
 struct Handle {
   std::unique_ptr<nbd::Datapath> datapath;
@@ -185,6 +185,47 @@ Napi::Value completeStatus(const Napi::CallbackInfo& info) {
   return info.Env().Undefined();
 }
 
+/// (handle, export, kind, offset, length, payload or null): the upcall's index. The payload is not copied.
+Napi::Value adopt(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  nbd::Datapath* datapath = datapathOf(info);
+  if (datapath == nullptr) return env.Undefined();
+  const auto kind = static_cast<nbd::UpcallKind>(word(info, 2));
+  const uint64_t length = static_cast<uint64_t>(number(info, 4));
+  uint8_t* data = nullptr;
+  if (kind == nbd::UpcallKind::Write) {
+    if (!info[5].IsBuffer()) return fail(env, "node-nbd: a write needs a payload");
+    Napi::Buffer<uint8_t> payload = info[5].As<Napi::Buffer<uint8_t>>();
+    if (payload.Length() != length || length == 0) return fail(env, "node-nbd: the payload's length");
+    data = payload.Data();
+  } else if (kind != nbd::UpcallKind::Trim && kind != nbd::UpcallKind::Zero) {
+    return fail(env, "node-nbd: only writes, trims and zeroes are adopted");
+  }
+  const uint32_t index = datapath->adopt(word(info, 1), kind, static_cast<uint64_t>(number(info, 3)), length, data);
+  return Napi::Number::New(env, index);
+}
+
+/// (handle, upcall index, offset, buffer)
+Napi::Value readPayload(const Napi::CallbackInfo& info) {
+  if (nbd::Datapath* datapath = datapathOf(info)) {
+    Napi::Buffer<uint8_t> target = info[3].As<Napi::Buffer<uint8_t>>();
+    if (!datapath->readPayload(word(info, 1), static_cast<uint64_t>(number(info, 2)), target.Data(), target.Length())) {
+      return fail(info.Env(), "node-nbd: the range is not inside the payload");
+    }
+  }
+  return info.Env().Undefined();
+}
+
+/// (handle, tag, export, offset, buffer)
+Napi::Value readRange(const Napi::CallbackInfo& info) {
+  if (nbd::Datapath* datapath = datapathOf(info)) {
+    Napi::Buffer<uint8_t> target = info[4].As<Napi::Buffer<uint8_t>>();
+    datapath->readRange(number(info, 1), word(info, 2), static_cast<uint64_t>(number(info, 3)), target.Data(),
+                        target.Length());
+  }
+  return info.Env().Undefined();
+}
+
 /// (handle, tag, write, slot, offset, buffer)
 Napi::Value slotIo(const Napi::CallbackInfo& info) {
   if (nbd::Datapath* datapath = datapathOf(info)) {
@@ -269,6 +310,9 @@ Napi::Object initialise(Napi::Env env, Napi::Object exports) {
   exports.Set("serve", Napi::Function::New(env, serve));
   exports.Set("submit", Napi::Function::New(env, submit));
   exports.Set("completeStatus", Napi::Function::New(env, completeStatus));
+  exports.Set("adopt", Napi::Function::New(env, adopt));
+  exports.Set("readPayload", Napi::Function::New(env, readPayload));
+  exports.Set("readRange", Napi::Function::New(env, readRange));
   exports.Set("slotIo", Napi::Function::New(env, slotIo));
   exports.Set("drain", Napi::Function::New(env, drain));
   exports.Set("exportCounters", Napi::Function::New(env, exportCounters));

@@ -172,6 +172,40 @@ bool MemberIo::readWaiting(const Segments& segments, IoError* error) {
   return true;
 }
 
+bool MemberIo::readVector(uint32_t member, Vector& vector, IoError* error) {
+  uint64_t offset = vector.offset;
+  const uint64_t end = vector.offset + vector.length;
+  iovec* parts = vector.parts.data();
+  size_t count = vector.parts.size();
+  while (offset < end) {
+    const ssize_t got = preadv(layout_.members[member].fd, parts, static_cast<int>(count), static_cast<off_t>(offset));
+    if (got < 0) {
+      if (errno == EINTR) continue;
+      *error = {errno, member, offset};
+      return false;
+    }
+    if (got == 0) {
+      for (; count > 0; parts++, count--) memset(parts->iov_base, 0, parts->iov_len);
+      break;
+    }
+    offset += static_cast<uint64_t>(got);
+    advance(&parts, &count, static_cast<size_t>(got));
+  }
+  counters_[member].reads.add(1);
+  counters_[member].readBytes.add(vector.length);
+  return true;
+}
+
+bool MemberIo::readGathered(const Segments& segments, IoError* error) {
+  if (segments.size() <= 1) return readWaiting(segments, error);
+  bool ok = true;
+  gather(segments, [&](uint32_t member, Vector& vector) {
+    ok = readVector(member, vector, error);
+    return ok;
+  });
+  return ok;
+}
+
 bool MemberIo::writeOne(const Segment& segment, IoError* error) {
   uint64_t done = 0;
   while (done < segment.length) {

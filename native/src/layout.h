@@ -70,6 +70,8 @@ class MemberIo {
   ReadResult readCached(const Segments& segments, IoError* error);
   /// Reads all segments, waiting as long as it takes. Does not allocate: safe on any worker.
   bool readWaiting(const Segments& segments, IoError* error);
+  /// The same in as few calls as possible: neighbours on a member come in together.
+  bool readGathered(const Segments& segments, IoError* error);
   /// Writes all segments; short writes go on. Neighbours on a member go out together.
   bool write(const Segments& segments, IoError* error);
 
@@ -86,6 +88,7 @@ class MemberIo {
   void gather(const Segments& segments, Each each);
   ReadResult readCachedParts(uint32_t member, uint64_t offset, iovec* parts, size_t count, uint64_t length,
                              IoError* error);
+  bool readVector(uint32_t member, Vector& vector, IoError* error);
   bool writeVector(uint32_t member, Vector& vector, IoError* error);
   bool writeOne(const Segment& segment, IoError* error);
 

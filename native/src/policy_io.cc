@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "assert.h"
 #include "compose.h"
@@ -214,6 +215,70 @@ class SlotTask final : public PolicyTask {
   const uint64_t length_;
 };
 
+class RangeTask final : public PolicyTask {
+ public:
+  RangeTask(Shared& shared, double tag, Export& target, uint64_t epoch)
+      : PolicyTask(shared, tag), target_(target), epoch_(epoch) {}
+
+  void map(const Tables& tables, uint64_t offset, uint8_t* data, uint64_t length) {
+    while (length > 0) {
+      const uint64_t stripe = offset / target_.stripeSize;
+      const uint64_t within = offset - stripe * target_.stripeSize;
+      const uint64_t part = std::min(length, target_.stripeSize - within);
+      const uint32_t slot = target_.slotForRead(tables, stripe);
+      if (slot == kSlotBroken) {
+        error_ = {EIO, 0, offset};
+        return;
+      }
+      if (slot != kSlotNone) {
+        mapRange(shared_.layout, slot, within, data, part, segments_);
+      } else if (!fills_.empty() && fills_.back().data + fills_.back().length == data) {
+        fills_.back().length += part;
+      } else {
+        fills_.push_back({data, part});
+      }
+      offset += part;
+      data += part;
+      length -= part;
+    }
+  }
+
+  void run(WorkerContext& context) override {
+    for (const Fill& fill : fills_) memset(fill.data, target_.fill, fill.length);
+    if (error_.error == 0) context.io.readGathered(segments_, &error_);
+    finish();
+  }
+
+  void cancel() override {
+    error_ = {ECANCELED, 0, 0};
+    finish();
+  }
+
+ private:
+  struct Fill {
+    uint8_t* data;
+    uint64_t length;
+  };
+
+  void finish() {
+    Event event{};
+    event.kind = EventKind::Done;
+    event.tag = tag_;
+    event.value = 1;
+    event.error = error_;
+    event.target = &target_;
+    event.epoch = epoch_;
+    shared_.events.push(event);
+    delete this;
+  }
+
+  Export& target_;  // stays while its rangeReads are counted
+  const uint64_t epoch_;
+  Segments segments_;
+  std::vector<Fill> fills_;
+  IoError error_;
+};
+
 /// All members at once, one task each; the last one reports.
 struct SyncGroup {
   std::atomic<uint32_t> remaining;
@@ -307,6 +372,13 @@ void submitSlot(Shared& shared, double tag, bool write, uint32_t slot, uint64_t 
                 uint64_t length) {
   WorkPool& pool = write ? *shared.writing : *shared.waiting;
   pool.submit(new SlotTask(shared, tag, write, slot, offset, data, length));
+}
+
+void submitRange(Shared& shared, double tag, Export& target, uint64_t epoch, uint64_t offset, uint8_t* data,
+                 uint64_t length) {
+  RangeTask* task = new RangeTask(shared, tag, target, epoch);
+  task->map(target.current(), offset, data, length);
+  shared.waiting->submit(task);
 }
 
 void submitSync(Shared& shared, double tag) {

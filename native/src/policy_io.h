@@ -1,4 +1,4 @@
-// Member access that the policy asks for: full-stripe writes, parts in place, slots, sync, punch. Each runs on a pool
+// Member access that the policy asks for: full-stripe writes, parts in place, slots, ranges, sync, punch. Each runs on a pool
 // and reports with one Done event.
 #pragma once
 
@@ -25,6 +25,10 @@ void submitFormat(Shared& shared, FormatOrder order);
 /// Writes the part of an upcall that lies in `stripe` to `slot`.
 void submitPart(Shared& shared, double tag, std::shared_ptr<Export> target, uint64_t stripe, uint32_t slot, OverlayRef overlay);
 void submitSlot(Shared& shared, double tag, bool write, uint32_t slot, uint64_t offset, uint8_t* data, uint64_t length);
+/// Fills [data, data + length) with what the export holds from `offset` on. The tables are looked at now; the Done event
+/// carries the export and `epoch`.
+void submitRange(Shared& shared, double tag, Export& target, uint64_t epoch, uint64_t offset, uint8_t* data,
+                 uint64_t length);
 void submitSync(Shared& shared, double tag);
 void submitPunch(Shared& shared, double tag, uint32_t slot, uint32_t count);
 

@@ -16,6 +16,14 @@ Payload* Payload::create(uint64_t size) {
   return payload;
 }
 
+Payload* Payload::borrow(uint8_t* data, uint64_t size) {
+  NBD_ASSERT(data != nullptr);
+  Payload* payload = create(0);
+  payload->size = size;
+  payload->borrowed = data;
+  return payload;
+}
+
 void Payload::release() {
   if (references.fetch_sub(1, std::memory_order_acq_rel) == 1) {
     this->~Payload();

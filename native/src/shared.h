@@ -28,13 +28,16 @@ struct Limits {
 
 enum class EngineKind : uint8_t { IoUring, Threads };
 
-/// The bytes of a write that waits for a decision. A format task holds a reference while it uses them.
+/// The bytes of a write that waits for a decision: behind this header, or in the memory of whoever adopted the write, which
+/// outlives all references. A format task holds a reference while it uses them.
 struct Payload {
   std::atomic<uint32_t> references{1};
   uint64_t size = 0;
+  uint8_t* borrowed = nullptr;
 
-  uint8_t* data() { return reinterpret_cast<uint8_t*>(this + 1); }
+  uint8_t* data() { return borrowed != nullptr ? borrowed : reinterpret_cast<uint8_t*>(this + 1); }
   static Payload* create(uint64_t size);
+  static Payload* borrow(uint8_t* data, uint64_t size);
   void retain() { references.fetch_add(1, std::memory_order_relaxed); }
   void release();
 };
@@ -42,7 +45,7 @@ struct Payload {
 enum class UpcallKind : uint8_t { Write = 1, Sync = 2, Trim = 3, Zero = 4, Status = 5 };
 
 /// A request that waits for the policy. Belongs to the I/O thread of its connection; between the upcall and its
-/// completion the JavaScript thread may read it.
+/// completion the JavaScript thread may read it. An adopted one has no connection and belongs to the JavaScript thread.
 struct Upcall {
   Connection* connection = nullptr;
   Export* target = nullptr;
@@ -68,7 +71,8 @@ struct Event {
   double value = 0;          // Done: 1 or 0, SessionEnd: the reason
   IoError error;             // Done
   bool write = false;        // Done: what failed was a write
-  Export* target = nullptr;  // SessionEnd
+  Export* target = nullptr;  // SessionEnd; Done: of a range read, else null
+  uint64_t epoch = 0;        // Done of a range read
 };
 
 /// Many threads in, the JavaScript thread out, one wake a batch.

@@ -37,6 +37,8 @@ struct Export {
 
   // The rest belongs to the JavaScript thread.
   uint32_t sessions = 0;
+  uint32_t adopted = 0;     // upcalls without a connection that are not completed
+  uint32_t rangeReads = 0;  // that have not been reported
   bool closing = false;
   double closeTag = 0;
 

@@ -1,17 +1,19 @@
 /** GET /metrics: the Prometheus text format, version 0.0.4. */
 import type { FastifyInstance } from 'fastify'
 import type { Daemon } from '../daemon/daemon.ts'
+import { MIRROR_STATES } from '../mirror/state.ts'
+import type { MirrorControl, MirrorInfo } from '../mirror/types.ts'
 import type { VolumeInfo } from '../volume/volume.ts'
 import { statusOf } from './pool.ts'
 import type { StatusInfo } from './types.ts'
 
-export function metricsRoutes(app: FastifyInstance, daemon: Daemon): void {
+export function metricsRoutes(app: FastifyInstance, daemon: Daemon, mirrors: MirrorControl): void {
   app.get(
     '/metrics',
     { schema: { summary: 'Metrics in the Prometheus text format' } },
     async (_request, reply) => {
       reply.type('text/plain; version=0.0.4; charset=utf-8')
-      return metricsText(statusOf(daemon), process.cpuUsage())
+      return metricsText(statusOf(daemon, mirrors), process.cpuUsage())
     },
   )
 }
@@ -21,9 +23,11 @@ interface Sample {
   readonly value: number
 }
 
+type Metric = (name: string, type: 'gauge' | 'counter', help: string, samples: readonly Sample[]) => void
+
 export function metricsText(status: StatusInfo, cpu: NodeJS.CpuUsage): string {
   const lines: string[] = []
-  const metric = (name: string, type: 'gauge' | 'counter', help: string, samples: readonly Sample[]) => {
+  const metric: Metric = (name, type, help, samples) => {
     lines.push(`# HELP ${name} ${help}`, `# TYPE ${name} ${type}`)
     for (const { labels, value } of samples) lines.push(`${name}${labelText(labels)} ${value}`)
   }
@@ -132,6 +136,8 @@ export function metricsText(status: StatusInfo, cpu: NodeJS.CpuUsage): string {
     )
   }
 
+  if (status.mirrors.length > 0) mirrorMetrics(status.mirrors, metric)
+
   metric('process_resident_memory_bytes', 'gauge', 'Resident memory.', one(status.memory))
   metric(
     'process_cpu_seconds_total',
@@ -142,6 +148,63 @@ export function metricsText(status: StatusInfo, cpu: NodeJS.CpuUsage): string {
   metric('process_start_time_seconds', 'gauge', 'Start time.', one(Date.parse(status.started) / 1000))
   return `${lines.join('\n')}\n`
 }
+
+function mirrorMetrics(mirrors: readonly MirrorInfo[], metric: Metric): void {
+  const labelsOf = ({ volume, name, role }: MirrorInfo) => ({ volume, mirror: name, role })
+  const each = (value: (mirror: MirrorInfo) => number | null) =>
+    mirrors.flatMap((mirror) => {
+      const sample = value(mirror)
+      return sample === null ? [] : [{ labels: labelsOf(mirror), value: sample }]
+    })
+  metric(
+    'fullstripe_mirror_state',
+    'gauge',
+    '1 for the state that a mirror is in, 0 for the others.',
+    mirrors.flatMap((mirror) =>
+      MIRROR_STATES.map((state) => ({
+        labels: { ...labelsOf(mirror), state },
+        value: mirror.state === state ? 1 : 0,
+      })),
+    ),
+  )
+  const gauge = (name: string, help: string, value: (mirror: MirrorInfo) => number | null) =>
+    metric(`fullstripe_mirror_${name}`, 'gauge', help, each(value))
+  gauge('connected', '1 while there is a connection to the peer.', ({ connected }) => Number(connected))
+  gauge('consistent', '1 while the secondary is a point in time.', ({ consistent }) => Number(consistent))
+  gauge('lag_bytes', 'What the secondary lacks.', ({ lag }) => lag.bytes)
+  gauge(
+    'lag_seconds',
+    'Age of what the secondary has; absent where it has nothing.',
+    ({ lag }) => lag.seconds,
+  )
+  gauge(
+    'progress_ratio',
+    'Share done of the work that goes on; absent where there is none.',
+    ({ progress }) => (progress === null ? null : progress.total === 0 ? 1 : progress.done / progress.total),
+  )
+  gauge('differing_bytes', 'What the last comparison found; absent before one.', ({ verify }) =>
+    verify === null ? null : verify.differing,
+  )
+  for (const [field, name, help] of MIRROR_COUNTERS) {
+    metric(
+      `fullstripe_mirror_${name}_total`,
+      'counter',
+      help,
+      each(({ counters }) => counters[field]),
+    )
+  }
+}
+
+const MIRROR_COUNTERS = [
+  ['sentBytes', 'sent_bytes', 'Content sent.'],
+  ['wireBytes', 'wire_bytes', 'All that was written to the link.'],
+  ['units', 'units', 'Copy units sent with content.'],
+  ['holes', 'holes', 'Copy units sent as holes.'],
+  ['signatures', 'signatures', 'Regions compared.'],
+  ['cycles', 'cycles', 'Cycles that the secondary has committed.'],
+  ['saves', 'saves', 'Copy units saved for the sender before they were overwritten.'],
+  ['forwarded', 'forwarded_requests', 'Requests that went to both sides at once.'],
+] as const
 
 const MEMBER_COUNTERS = [
   ['reads', 'reads', 'Reads of a member.'],

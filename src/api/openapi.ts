@@ -46,9 +46,14 @@ function operation(route: RouteOptions): Json {
   return {
     ...(schema?.summary === undefined ? {} : { summary: schema.summary }),
     ...(parameters.length === 0 ? {} : { parameters }),
-    ...(schema?.body === undefined ? {} : { requestBody: { required: true, content: jsonOf(schema.body) } }),
+    ...(schema?.body === undefined ? {} : { requestBody: requestBody(schema.body) }),
     responses: { ...responsesOf(schema?.response), default: errorResponse },
   }
+}
+
+function requestBody(schema: unknown): Json {
+  const optional = isObjectSchema(schema) && [schema.type].flat().includes('null')
+  return { required: !optional, content: jsonOf(schema) }
 }
 
 const errorResponse = {

@@ -2,15 +2,16 @@
 import type { FastifyInstance } from 'fastify'
 import type { Daemon } from '../daemon/daemon.ts'
 import { VERSION } from '../daemon/version.ts'
+import type { MirrorControl } from '../mirror/types.ts'
 import type { PoolInfo } from '../volume/pool.ts'
 import { poolSchema, statusSchema } from './schemas.ts'
 import type { StatusInfo } from './types.ts'
 
-export function poolRoutes(app: FastifyInstance, daemon: Daemon): void {
+export function poolRoutes(app: FastifyInstance, daemon: Daemon, mirrors: MirrorControl): void {
   app.get<{ Reply: StatusInfo }>(
     '/v1/status',
     { schema: { summary: 'The daemon and all it serves', response: { 200: statusSchema } } },
-    async () => statusOf(daemon),
+    async () => statusOf(daemon, mirrors),
   )
   app.get<{ Reply: PoolInfo }>(
     '/v1/pool',
@@ -19,7 +20,7 @@ export function poolRoutes(app: FastifyInstance, daemon: Daemon): void {
   )
 }
 
-export function statusOf(daemon: Daemon): StatusInfo {
+export function statusOf(daemon: Daemon, mirrors: MirrorControl): StatusInfo {
   const { pool } = daemon
   const volumes = pool.volumes().map((volume) => volume.info())
   return {
@@ -35,6 +36,7 @@ export function statusOf(daemon: Daemon): StatusInfo {
     pool: pool.info(),
     members: pool.datapath.memberCounters(),
     volumes,
+    mirrors: mirrors.list(),
     nextEvent: daemon.events.next,
   }
 }

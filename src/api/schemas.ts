@@ -3,12 +3,14 @@
  * OpenAPI document is made of the same objects.
  */
 import { LIMITS } from '../base/limits.ts'
+import { MIRROR_STATES } from '../mirror/state.ts'
 
 export interface Schema {
   readonly type?: string | readonly string[]
   readonly description?: string
   readonly properties?: Readonly<Record<string, Schema>>
   readonly required?: readonly string[]
+  readonly minProperties?: number
   readonly additionalProperties?: boolean
   readonly items?: Schema
   readonly enum?: readonly (string | number | null)[]
@@ -152,6 +154,98 @@ export const poolSchema = object('A pool', {
   failure: { type: ['string', 'null'], description: 'why it is read-only, and what to do' },
 })
 
+const MODES = ['sync', 'async']
+const INITS = ['realized', 'signature', 'full']
+const LOSSES = ['continue', 'block']
+const ROLES = ['primary', 'secondary']
+const orNull = (schema: Schema): Schema => ({ ...schema, type: [schema.type ?? 'object', 'null'].flat() })
+const instant = (description: string): Schema => ({ type: 'string', format: 'date-time', description })
+const rate = (description: string): Schema => ({
+  type: ['integer', 'null'],
+  minimum: 1,
+  description: `${description}, in bytes a second; null: no limit`,
+})
+
+const mirrorSide = object('What a side knows of itself', {
+  role: choice(ROLES, 'whether clients may write there'),
+  generation: text('id of the content; a new one begins where a side becomes the primary'),
+  history: list(text('id'), 'generations before, newest first'),
+  changed: bytes('changed since the generation that both had'),
+  consistent: flag('its content is one point in time'),
+  size: bytes('size of the volume'),
+})
+
+const mirrorVerify = object('The last comparison', {
+  started: instant('when it began'),
+  ended: orNull(instant('when it ended; null while it runs')),
+  compared: bytes('compared so far'),
+  differences: list(
+    object('A range that differs', { offset: bytes('start'), length: bytes('length') }),
+    'the first ones, in order',
+  ),
+  differing: bytes('that differ; more than the ranges where there are very many'),
+  repaired: flag('the secondary has the content of the primary there now'),
+  failure: orNull(text('why it came to no end')),
+})
+
+const MIRROR_COUNTERS: Record<string, Schema> = {
+  sentBytes: bytes('content sent'),
+  wireBytes: bytes('all that was written to the link'),
+  units: count('copy units sent with content'),
+  holes: count('copy units sent as holes'),
+  signatures: count('regions compared'),
+  cycles: count('cycles that the secondary has committed'),
+  saves: count('copy units saved for the sender before they were overwritten'),
+  forwarded: count('requests that went to both sides at once'),
+}
+
+export const mirrorSchema = object('A mirror: one volume here, one elsewhere', {
+  volume: volumeName,
+  name: text('unique in its volume'),
+  relation: text('uuid, the same on both sides'),
+  role: choice(ROLES, 'of this side'),
+  kind: choice(['link', 'nbd'], 'a daemon, or an NBD export'),
+  peer: text('name of the peer, or URI of the export'),
+  address: orNull(text('HOST:PORT or URI that this side connects to; null: the peer connects')),
+  target: text('name of the volume there'),
+  mode: choice(MODES, 'sync: a write is answered when both sides have it'),
+  init: choice(INITS, 'how the secondary was, or is, made equal'),
+  intervalMs: count('async: least time from one cycle to the next, in milliseconds'),
+  onLoss: choice(LOSSES, 'sync: what writes do while the peer is away'),
+  rate: rate('limit for copying'),
+  state: choice(MIRROR_STATES, 'what it is doing'),
+  reason: orNull(text('why, where that is not plain')),
+  since: instant('when it came into this state'),
+  connected: flag('there is a connection to the peer'),
+  consistent: flag('the secondary is a point in time of the primary'),
+  pointInTime: flag('it will be at any moment; false for an async mirror to an NBD export'),
+  unitBytes: bytes('size of a copy unit'),
+  lag: object('How far the secondary is behind', {
+    bytes: bytes('that it lacks'),
+    seconds: {
+      type: ['number', 'null'],
+      description: 'age of its content; 0 in sync, null where it has none',
+    },
+  }),
+  cycle: count('the last one that both sides agreed on'),
+  progress: {
+    ...object('Work that ends', {
+      what: choice(['comparing', 'copying', 'cycle', 'verifying'], 'which'),
+      done: bytes('done'),
+      total: bytes('to do in all'),
+      speed: { type: 'number', minimum: 0, description: 'bytes a second now' },
+      remainingMs: { type: ['number', 'null'], description: 'milliseconds left; null: not known' },
+    }),
+    type: ['object', 'null'],
+  },
+  counters: object('Since the daemon was started', MIRROR_COUNTERS),
+  local: mirrorSide,
+  remote: orNull(mirrorSide),
+  verify: orNull(mirrorVerify),
+})
+
+export const mirrorListSchema = object('Mirrors', { mirrors: list(mirrorSchema, 'by volume and name') })
+
 export const statusSchema = object('The daemon and all it serves', {
   state: choice(['starting', 'serving', 'draining', 'stopped', 'failed'], 'what the daemon is doing'),
   version: text('of the program'),
@@ -170,6 +264,7 @@ export const statusSchema = object('The daemon and all it serves', {
   pool: poolSchema,
   members: list(memberCounters, 'in the order of the members'),
   volumes: list(volumeSchema, 'by name'),
+  mirrors: list(mirrorSchema, 'by volume and name'),
   nextEvent: count('number of the next event'),
 })
 
@@ -199,6 +294,29 @@ export const densitySchema = object('The init bitmap in equal parts, for drawing
   name: volumeName,
   size: bytes('size of the volume'),
   cells: list({ type: 'number', minimum: 0, maximum: 1 }, 'formatted share of each part'),
+})
+
+export const copyMapSchema = object('Extents of a volume, in order, without gaps', {
+  volume: volumeName,
+  name: text('of the mirror'),
+  size: bytes('size of the volume'),
+  offset: bytes('start of the first extent'),
+  extents: list(
+    object('A range with one state', {
+      offset: bytes('start'),
+      length: bytes('length'),
+      copied: flag('the secondary has it; otherwise it lacks what is here now'),
+    }),
+    'neighbours differ',
+  ),
+  next: { type: ['integer', 'null'], description: 'offset of the next page; null at the end' },
+})
+
+export const copyDensitySchema = object('The copy bitmap in equal parts, for drawing', {
+  volume: volumeName,
+  name: text('of the mirror'),
+  size: bytes('size of the volume'),
+  cells: list({ type: 'number', minimum: 0, maximum: 1 }, 'share of each part that the secondary lacks'),
 })
 
 export const eventSchema = object('An event', {
@@ -259,10 +377,50 @@ export const formatBody = object(
   ['rate'],
 )
 
+// Which intervals, names and addresses are possible is the mirrors' to judge, too.
+const mirrorSettings: Record<string, Schema> = {
+  mode: choice(MODES, 'async (default): in cycles; sync: a write is answered when both sides have it'),
+  intervalMs: count('async: least time from one cycle to the next, in milliseconds (default 5000)'),
+  onLoss: choice(LOSSES, 'sync: while the peer is away, writes go on (default) or wait'),
+  rate: rate('limit for copying (default: none)'),
+}
+export const mirrorAddBody = object(
+  'A new mirror',
+  {
+    peer: { type: 'string', minLength: 1, description: 'HOST:PORT of the link of a daemon, or an NBD URI' },
+    name: { type: 'string', minLength: 1, description: 'unique in its volume (default: name of the peer)' },
+    target: { ...volumeName, minLength: 1, description: 'name of the volume there (default: the same)' },
+    init: choice(INITS, 'how the secondary is made equal (default: realized)'),
+    ...mirrorSettings,
+  },
+  ['name', 'target', 'init', ...Object.keys(mirrorSettings)],
+)
+export const mirrorChangeBody: Schema = {
+  ...object('What to change', mirrorSettings, Object.keys(mirrorSettings)),
+  minProperties: 1,
+}
+export const mirrorForceBody = orNull(
+  object('How', { force: flag('also where that may lose changes') }, ['force']),
+)
+export const mirrorVerifyBody = orNull(
+  object('How', { repair: flag('also send what differs (default false)') }, ['repair']),
+)
+export const mirrorResolveBody = object('Which side gives way', {
+  discard: choice(['local', 'remote'], 'whose changes since the common generation are thrown away'),
+})
+export const mirrorParams = object('Path', {
+  name: { type: 'string', minLength: 1, description: 'volume, URL-encoded' },
+  mirror: { type: 'string', minLength: 1, description: 'mirror, URL-encoded' },
+})
+
 export const nameParams = object('Path', {
   name: { type: 'string', minLength: 1, description: 'volume, URL-encoded' },
 })
-export const deleteQuery = object('Query', { force: flag('also while clients are connected') }, ['force'])
+export const deleteQuery = object(
+  'Query',
+  { force: flag('also while clients are connected or mirrors go on; they end') },
+  ['force'],
+)
 export const acknowledgeQuery = object(
   'Query',
   { stops: { ...count('unclean stops that were known; refused where there were more since') } },

@@ -17,17 +17,19 @@ import { messageOf, systemCode, UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
 import type { Daemon, FrontEnd } from '../daemon/daemon.ts'
 import { claimSocketPath } from '../daemon/socket-claim.ts'
+import type { MirrorControl } from '../mirror/types.ts'
 import { controlPath } from './control-path.ts'
 import { answerError, errorBody } from './errors.ts'
 import { eventRoutes } from './events.ts'
 import { metricsRoutes } from './metrics.ts'
+import { mirrorRoutes } from './mirrors.ts'
 import { describeRoutes } from './openapi.ts'
 import { poolRoutes } from './pool.ts'
 import type { Schema } from './schemas.ts'
 import { volumeRoutes } from './volumes.ts'
 
 /** The routes, not yet listening. */
-export function createApi(daemon: Daemon): FastifyInstance {
+export function createApi(daemon: Daemon, mirrors: MirrorControl = daemon.mirrors): FastifyInstance {
   const loggerInstance: FastifyBaseLogger = daemon.log.child({ part: 'api' }, { level: 'warn' })
   const app = fastify({
     loggerInstance,
@@ -50,10 +52,11 @@ export function createApi(daemon: Daemon): FastifyInstance {
   })
   app.addHook('preValidation', async (request) => convertQuery(request))
   describeRoutes(app)
-  poolRoutes(app, daemon)
+  poolRoutes(app, daemon, mirrors)
   volumeRoutes(app, daemon)
+  mirrorRoutes(app, daemon, mirrors)
   eventRoutes(app, daemon)
-  metricsRoutes(app, daemon)
+  metricsRoutes(app, daemon, mirrors)
   return app
 }
 

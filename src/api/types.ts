@@ -2,6 +2,7 @@
 import type { DaemonState } from '../daemon/daemon.ts'
 import type { EventRecord } from '../daemon/events.ts'
 import type { DatapathDescription, MemberCounters } from '../datapath/datapath.ts'
+import type { CopyExtent, MirrorAddOptions, MirrorChange, MirrorInfo } from '../mirror/types.ts'
 import type { PoolInfo } from '../volume/pool.ts'
 import type { MapExtent, VolumeInfo } from '../volume/volume.ts'
 
@@ -18,6 +19,7 @@ export interface StatusInfo {
   readonly pool: PoolInfo
   readonly members: readonly MemberCounters[]
   readonly volumes: readonly VolumeInfo[]
+  readonly mirrors: readonly MirrorInfo[]
   readonly nextEvent: number
 }
 
@@ -33,6 +35,26 @@ export interface DensityInfo {
   readonly name: string
   readonly size: number
   readonly cells: readonly number[] // formatted share, 0..1, of equal parts
+}
+
+export interface MirrorList {
+  readonly mirrors: readonly MirrorInfo[]
+}
+
+export interface CopyMapPage {
+  readonly volume: string
+  readonly name: string // of the mirror
+  readonly size: number // of the volume
+  readonly offset: number // of the first extent
+  readonly extents: readonly CopyExtent[]
+  readonly next: number | null // where the next page starts; null after the last
+}
+
+export interface CopyDensityInfo {
+  readonly volume: string
+  readonly name: string
+  readonly size: number
+  readonly cells: readonly number[] // share that the secondary lacks, 0..1, of equal parts
 }
 
 export interface EventList {
@@ -67,4 +89,17 @@ export interface ResizeBody {
 }
 export interface FormatBody {
   readonly rate?: number | null // bytes per second; null: no limit
+}
+
+export type MirrorAddBody = Omit<MirrorAddOptions, 'volume'>
+/** What is absent stays as it is. */
+export type MirrorChangeBody = MirrorChange
+export interface MirrorForceBody {
+  readonly force?: boolean
+}
+export interface MirrorVerifyBody {
+  readonly repair?: boolean
+}
+export interface MirrorResolveBody {
+  readonly discard: 'local' | 'remote'
 }

@@ -1,8 +1,8 @@
 /** /v1/volumes and what lies below it. */
 import type { FastifyInstance } from 'fastify'
-import { UserError } from '../base/errors.ts'
 import type { Daemon } from '../daemon/daemon.ts'
-import type { Volume, VolumeInfo } from '../volume/volume.ts'
+import type { VolumeInfo } from '../volume/volume.ts'
+import { type ExtentQuery, extentPage } from './pages.ts'
 import * as schemas from './schemas.ts'
 import type {
   DensityInfo,
@@ -112,7 +112,7 @@ export function volumeRoutes(app: FastifyInstance, daemon: Daemon): void {
     },
   )
 
-  app.get<{ Params: NameParams; Querystring: { offset: number; length?: number; limit: number } }>(
+  app.get<{ Params: NameParams; Querystring: ExtentQuery }>(
     '/v1/volumes/:name/map',
     {
       schema: {
@@ -123,8 +123,10 @@ export function volumeRoutes(app: FastifyInstance, daemon: Daemon): void {
       },
     },
     async (request): Promise<MapPage> => {
-      const { offset, length, limit } = request.query
-      return mapPage(pool.volume(request.params.name), offset, length, limit)
+      const volume = pool.volume(request.params.name)
+      const { name, size } = volume
+      const extents = (offset: number, length: number) => volume.map(offset, length)
+      return { name, ...extentPage({ volume: name, size, extents }, request.query) }
     },
   )
 
@@ -172,25 +174,4 @@ export function volumeRoutes(app: FastifyInstance, daemon: Daemon): void {
       return volume.info()
     },
   )
-}
-
-/** At most `limit` extents from `offset` on. A page ends where an extent ends, so pages join without a seam. */
-export function mapPage(volume: Volume, offset: number, length: number | undefined, limit: number): MapPage {
-  if (offset > volume.size) {
-    throw new UserError(
-      'USAGE',
-      `offset ${offset} is past the end of volume ${volume.name} (${volume.size} bytes)`,
-    )
-  }
-  const end = Math.min(volume.size, offset + (length ?? volume.size))
-  const extents = []
-  let at = offset
-  if (end > offset) {
-    for (const extent of volume.map(offset, end - offset)) {
-      extents.push(extent)
-      at = extent.offset + extent.length
-      if (extents.length === limit) break
-    }
-  }
-  return { name: volume.name, size: volume.size, offset, extents, next: at < end ? at : null }
 }

@@ -105,6 +105,34 @@ export const LIMITS = {
   /** Link: a session that lasted this long makes the next delay the least again. */
   linkStableMs: 10_000,
 
+  /** Mirrors: generations that a volume remembers; further back nobody is recognised. */
+  generationsKept: 16,
+  mirrorsPerVolumeMax: 16,
+  mirrorNameBytesMax: 64,
+  /** Mirrors: what the secondary has received of one mirror and not written yet. */
+  mirrorDataWindow: 8 * MiB,
+  /** Mirrors: one message of content; a larger copy unit travels in several. */
+  mirrorPieceBytes: 1 * MiB,
+  /** Mirrors: content that was read and that the secondary has not acknowledged. */
+  mirrorInFlightMax: 16 * MiB,
+  /** Mirrors: content in memory that was saved before it was overwritten; more of it goes to free slots of the pool. */
+  mirrorSavedMax: 32 * MiB,
+  /** Mirrors: the part of a volume that is compared by one signature. */
+  mirrorRegionBytes: 1 * MiB,
+  mirrorIntervalMsMin: 10,
+  mirrorIntervalMsMax: 24 * 3600 * 1000,
+  mirrorIntervalMs: 5_000,
+  /** Mirrors: an initial copy is made durable over there after so much of it, or so long. */
+  mirrorCommitBytes: 256 * MiB,
+  mirrorCommitMs: 5_000,
+  /** Mirrors: clients wait while the last of a resync is sent; it is at most this, or else they wait at most this long. */
+  mirrorLastStepBytes: 4 * MiB,
+  mirrorLastStepMs: 2_000,
+  /** Mirrors: delays after a refusal of the peer (its pool is full, for instance). */
+  mirrorRetryMsMin: 1_000,
+  mirrorRetryMsMax: 30_000,
+  mirrorDifferencesKept: 1_000,
+
   /** Control API: requests are small; a stream of events or a big map is read in pages. */
   apiBodyBytesMax: 64 * KiB,
   apiConnectionsMax: 256,

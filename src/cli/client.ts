@@ -35,8 +35,9 @@ export class Client {
     return this.#json<T>('GET', path)
   }
 
-  post<T>(path: string, body: object): Promise<T> {
-    return this.#json<T>('POST', path, body)
+  /** @param timeout milliseconds of silence after which the daemon is given up; 0: it may take as long as it takes */
+  post<T>(path: string, body: object, timeout = ANSWER_MS_MAX): Promise<T> {
+    return this.#json<T>('POST', path, body, timeout)
   }
 
   patch<T>(path: string, body: object): Promise<T> {
@@ -76,8 +77,8 @@ export class Client {
     }
   }
 
-  async #json<T>(method: string, path: string, body?: object): Promise<T> {
-    return this.#parse<T>(await this.#send(method, path, body, ANSWER_MS_MAX))
+  async #json<T>(method: string, path: string, body?: object, timeout = ANSWER_MS_MAX): Promise<T> {
+    return this.#parse<T>(await this.#send(method, path, body, timeout))
   }
 
   async #parse<T>(response: IncomingMessage): Promise<T> {
@@ -169,4 +170,11 @@ export function volumePath(name: string, tail = ''): string {
   if (name === '' || name === '.' || name === '..')
     throw new UserError('USAGE', `"${name}" is not a volume name`)
   return `/v1/volumes/${encodeURIComponent(name)}${tail}`
+}
+
+/** `/v1/volumes/NAME/mirrors/MIRROR...` */
+export function mirrorPath(volume: string, name: string, tail = ''): string {
+  if (name === '' || name === '.' || name === '..')
+    throw new UserError('USAGE', `"${name}" is not a mirror's name`)
+  return volumePath(volume, `/mirrors/${encodeURIComponent(name)}${tail}`)
 }

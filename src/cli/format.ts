@@ -5,7 +5,7 @@ import type { VolumeInfo } from '../volume/volume.ts'
 import { type Cli, clientOf, interruption, pause, type Root } from './cli.ts'
 import { type Client, volumePath } from './client.ts'
 import { Screen } from './screen.ts'
-import { bar, duration, padStart, percent } from './text.ts'
+import { percent, progressBar } from './text.ts'
 
 export function formatCommand(group: Root, cli: Cli): void {
   group.command(
@@ -75,14 +75,13 @@ export function progressText(info: VolumeInfo): string {
 
 /** `log  ████████▌         42.1 %   118M/s  3m12s left` */
 export function formatterBar(info: VolumeInfo, columns: number, unicode: boolean): string {
-  const { formatter } = info
-  const share = formatter.total === 0 ? 1 : formatter.done / formatter.total
-  const left = ((1 - share) * info.size) / formatter.speed
-  const rest =
-    formatter.state === 'running' && formatter.speed > 0
-      ? `${padStart(approximateSize(Math.round(formatter.speed)), 6)}/s  ${duration(left)} left`
-      : formatter.state
-  const tail = `  ${padStart(percent(formatter.done, formatter.total), 6)}  ${rest}`
-  const width = Math.max(8, Math.min(40, columns - info.name.length - tail.length - 4))
-  return `${info.name}  ${bar(share, width, unicode)}${tail}`
+  const { done, total, speed, state } = info.formatter
+  const moves = state === 'running' && speed > 0
+  const remaining = ((1 - done / total) * info.size) / speed
+  return progressBar(
+    info.name,
+    { done, total, speed: moves ? speed : null, remaining, state },
+    columns,
+    unicode,
+  )
 }

@@ -12,6 +12,7 @@ import { benchCommand } from './bench.ts'
 import { checkCommand } from './check.ts'
 import type { Cli } from './cli.ts'
 import { eventsCommand } from './events.ts'
+import { mirrorCommands } from './mirror.ts'
 import { exitCodeOf, Output } from './output.ts'
 import { poolCommands } from './pool.ts'
 import { serveCommand } from './serve.ts'
@@ -79,6 +80,7 @@ async function parse(args: readonly string[], cli: Cli): Promise<void> {
   serveCommand(root, cli)
   poolCommands(root, cli)
   volumeCommands(root, cli)
+  mirrorCommands(root, cli)
   attachCommands(root, cli)
   statusCommand(root, cli)
   eventsCommand(root, cli)

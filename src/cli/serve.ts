@@ -42,6 +42,38 @@ export function serveCommand(root: Root, cli: Cli): void {
           describe: 'Most regions, of volumes that keep intents, that may hold changes not yet durable',
           defaultDescription: String(LIMITS.hotRegionsMax),
         })
+        .option('link', {
+          type: 'string',
+          requiresArg: true,
+          describe: 'HOST:PORT where other daemons reach this one, to mirror volumes to it',
+          defaultDescription: 'nowhere',
+        })
+        .option('link-name', {
+          type: 'string',
+          requiresArg: true,
+          describe: 'What this daemon calls itself to others',
+          defaultDescription: 'host name',
+        })
+        .option('link-key', {
+          type: 'string',
+          requiresArg: true,
+          describe: 'File with the secret that the daemons share',
+        })
+        .option('link-tls-cert', {
+          type: 'string',
+          requiresArg: true,
+          describe: 'PEM file: certificate of this daemon',
+        })
+        .option('link-tls-key', { type: 'string', requiresArg: true, describe: 'PEM file: its private key' })
+        .option('link-tls-ca', {
+          type: 'string',
+          requiresArg: true,
+          describe: 'PEM file: who signs the certificates of the other daemons',
+        })
+        .option('link-allow-plain', {
+          type: 'boolean',
+          describe: 'Also without TLS to other machines: everybody on the network between sees the data',
+        })
         .option('config', { type: 'string', requiresArg: true, describe: 'JSON file with the same keys' })
         .option('log-level', {
           choices: LOG_LEVELS,
@@ -49,7 +81,8 @@ export function serveCommand(root: Root, cli: Cli): void {
           defaultDescription: 'info',
         })
         .example('fullstripe serve ./pool', 'on ./pool/nbd.sock')
-        .example('fullstripe serve ./pool --listen nbd://127.0.0.1:10809', 'on a TCP port'),
+        .example('fullstripe serve ./pool --listen nbd://127.0.0.1:10809', 'on a TCP port')
+        .example('fullstripe serve ./pool --link 127.0.0.1:10810', 'takes mirrors from other daemons'),
     async (argv) => {
       const flags: ConfigValues = {
         ...(argv.listen === undefined ? {} : { listen: argv.listen }),
@@ -61,6 +94,7 @@ export function serveCommand(root: Root, cli: Cli): void {
           ? {}
           : { hotRegions: parseCount(argv['hot-regions'], '--hot-regions', 1, LIMITS.hotRegionsLimit) }),
         ...(argv['log-level'] === undefined ? {} : { logLevel: argv['log-level'] }),
+        ...linkFlags(argv),
       }
       const file = argv.config === undefined ? {} : readConfigFile(argv.config)
       // Only here: other commands start faster without everything that a daemon is made of.
@@ -68,6 +102,28 @@ export function serveCommand(root: Root, cli: Cli): void {
       await runDaemon(resolveConfig(poolDirectory(poolOf(argv)), flags, file), cli)
     },
   )
+}
+
+interface LinkArguments {
+  readonly link: string | undefined
+  readonly 'link-name': string | undefined
+  readonly 'link-key': string | undefined
+  readonly 'link-tls-cert': string | undefined
+  readonly 'link-tls-key': string | undefined
+  readonly 'link-tls-ca': string | undefined
+  readonly 'link-allow-plain': boolean | undefined
+}
+
+function linkFlags(argv: LinkArguments): ConfigValues {
+  return {
+    ...(argv.link === undefined ? {} : { link: argv.link }),
+    ...(argv['link-name'] === undefined ? {} : { linkName: argv['link-name'] }),
+    ...(argv['link-key'] === undefined ? {} : { linkKey: argv['link-key'] }),
+    ...(argv['link-tls-cert'] === undefined ? {} : { linkTlsCert: argv['link-tls-cert'] }),
+    ...(argv['link-tls-key'] === undefined ? {} : { linkTlsKey: argv['link-tls-key'] }),
+    ...(argv['link-tls-ca'] === undefined ? {} : { linkTlsCa: argv['link-tls-ca'] }),
+    ...(argv['link-allow-plain'] === undefined ? {} : { linkAllowPlain: argv['link-allow-plain'] }),
+  }
 }
 
 function poolDirectory(path: string): string {

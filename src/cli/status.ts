@@ -1,5 +1,5 @@
 /**
- * fullstripe status [--watch]: the daemon, its pool and its volumes. With --watch it draws the same lines again
+ * fullstripe status [--watch]: the daemon, its pool, its volumes and their mirrors. With --watch it draws the same lines again
  * every second, with the rates since the last time; elsewhere than on a terminal, block after block.
  */
 import type { StatusInfo } from '../api/types.ts'
@@ -7,6 +7,7 @@ import { approximateSize } from '../base/sizes.ts'
 import type { VolumeInfo } from '../volume/volume.ts'
 import { type Cli, clientOf, interruption, pause, type Root } from './cli.ts'
 import { formatterBar } from './format.ts'
+import { mirrorBar, mirrorTable } from './mirror-text.ts'
 import type { Output } from './output.ts'
 import { Screen } from './screen.ts'
 import { duration, pairs, percent, plural, table } from './text.ts'
@@ -17,7 +18,7 @@ const WATCH_MS = 1000
 export function statusCommand(root: Root, cli: Cli): void {
   root.command(
     'status',
-    'The daemon, its pool and its volumes',
+    'The daemon, its pool, its volumes and their mirrors',
     (command) =>
       command
         .option('watch', {
@@ -78,6 +79,11 @@ function statusLines(status: StatusInfo, before: StatusInfo | undefined, output:
   if (status.volumes.length === 0)
     lines.push('no volumes; create one with: fullstripe volume create NAME --size 10G')
   else lines.push(...(before === undefined ? plainTable(status) : rateTable(status, before)))
+  const { mirrors } = status
+  if (mirrors.length > 0) lines.push('', ...mirrorTable(mirrors))
+  const moving = mirrors.filter(({ progress }) => progress !== null)
+  if (moving.length > 0) lines.push('', 'mirroring')
+  for (const mirror of moving) lines.push(`  ${mirrorBar(mirror, output.columns - 2, output.unicode)}`)
   const formatting = status.volumes.filter((volume) => volume.formatter.state === 'running')
   if (formatting.length > 0) lines.push('', 'formatting')
   for (const volume of formatting) lines.push(`  ${formatterBar(volume, output.columns - 2, output.unicode)}`)

@@ -1,9 +1,12 @@
 /** Text for terminals: widths, tables, bars. Pure functions. */
+import { stripVTControlCharacters } from 'node:util'
+import { approximateSize } from '../base/sizes.ts'
 
-/** Columns a text takes in a terminal; no control characters in it. */
+/** Columns a text takes in a terminal; no control characters in it but escape sequences. */
 export function textWidth(text: string): number {
+  const shown = text.includes('\x1b') ? stripVTControlCharacters(text) : text
   let width = 0
-  for (const { segment } of new Intl.Segmenter('en', { granularity: 'grapheme' }).segment(text)) {
+  for (const { segment } of new Intl.Segmenter('en', { granularity: 'grapheme' }).segment(shown)) {
     width += isWide(segment.codePointAt(0) ?? 0) ? 2 : 1
   }
   return width
@@ -32,12 +35,13 @@ export function padStart(text: string, width: number): string {
   return ' '.repeat(Math.max(0, width - textWidth(text))) + text
 }
 
-/** Cut to a width, so that a line that is redrawn never wraps. Escape sequences are not expected in it. */
+/** Cut to a width, so that a line that is redrawn never wraps. Where it is cut, it loses its colours. */
 export function truncate(text: string, width: number): string {
   if (textWidth(text) <= width) return text
   let result = ''
   let used = 0
-  for (const { segment } of new Intl.Segmenter('en', { granularity: 'grapheme' }).segment(text)) {
+  const shown = stripVTControlCharacters(text)
+  for (const { segment } of new Intl.Segmenter('en', { granularity: 'grapheme' }).segment(shown)) {
     const next = isWide(segment.codePointAt(0) ?? 0) ? 2 : 1
     if (used + next > width - 1) break
     result += segment
@@ -91,6 +95,24 @@ export function duration(seconds: number): string {
   if (whole < 3600) return `${Math.floor(whole / 60)}m${two(whole % 60)}s`
   if (whole < 86_400) return `${Math.floor(whole / 3600)}h${two(Math.floor((whole % 3600) / 60))}m`
   return `${Math.floor(whole / 86_400)}d${two(Math.floor((whole % 86_400) / 3600))}h`
+}
+
+export interface Progress {
+  readonly done: number
+  readonly total: number
+  readonly speed: number | null // bytes a second; null: nothing moves
+  readonly remaining: number | null // seconds; null: not known
+  readonly state: string // said instead of speed and time where nothing moves
+}
+
+/** `log  ████████▌         42.1 %   118M/s  3m12s left`; not wider than `columns` if that is possible. */
+export function progressBar(label: string, progress: Progress, columns: number, unicode: boolean): string {
+  const { done, total, speed, remaining, state } = progress
+  const left = remaining === null ? '' : `  ${duration(remaining)} left`
+  const rest = speed === null ? state : `${padStart(approximateSize(Math.round(speed)), 6)}/s${left}`
+  const tail = `  ${padStart(percent(done, total), 6)}  ${rest}`
+  const width = Math.max(8, Math.min(40, columns - textWidth(label) - textWidth(tail) - 2))
+  return `${label}  ${bar(total === 0 ? 1 : done / total, width, unicode)}${tail}`
 }
 
 /** A bar of `width` columns; `unicode` draws eighths. */

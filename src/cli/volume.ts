@@ -147,7 +147,11 @@ function deleteCommand(group: Root, cli: Cli): void {
     (command) =>
       command
         .positional('name', { type: 'string', demandOption: true, describe: 'Its name' })
-        .option('force', { type: 'boolean', default: false, describe: 'Also while clients are connected' }),
+        .option('force', {
+          type: 'boolean',
+          default: false,
+          describe: 'Also while clients are connected or mirrors go on; they end',
+        }),
     async (argv) => {
       await clientOf(argv).delete<null>(volumePath(argv.name, argv.force ? '?force=true' : ''))
       cli.output.result({ deleted: argv.name }, () => [`volume ${argv.name} deleted`])

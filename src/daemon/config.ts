@@ -3,9 +3,12 @@
  * keys of the command line; an unknown key or a value of the wrong kind is refused by name, never ignored.
  */
 import { readFileSync } from 'node:fs'
+import { hostname } from 'node:os'
 import { resolve } from 'node:path'
 import { messageOf, UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
+import { parseLinkAddress } from '../link/address.ts'
+import type { SecurityOptions, TlsOptions } from '../link/security.ts'
 import { formatNbdUri } from '../nbd/uri.ts'
 
 export const DATAPATH_CHOICES = ['auto', 'native', 'portable'] as const
@@ -21,6 +24,20 @@ export interface ConfigValues {
   threads?: number // I/O threads; absent: the datapath decides
   hotRegions?: number // most regions announced at a time
   logLevel?: LogLevel
+  link?: string // HOST:PORT to listen on
+  linkName?: string
+  linkKey?: string // path
+  linkTlsCert?: string // path
+  linkTlsKey?: string // path
+  linkTlsCa?: string // path
+  linkAllowPlain?: boolean
+}
+
+/** The link to other daemons; what it is protected with counts also where this one only dials. */
+export interface LinkConfig extends SecurityOptions {
+  readonly listen: string | undefined // HOST:PORT, port 0 takes a free one; undefined: this daemon only dials
+  readonly name: string // what this daemon calls itself
+  readonly allowPlain: boolean
 }
 
 export interface DaemonConfig {
@@ -30,12 +47,14 @@ export interface DaemonConfig {
   readonly threads: number | undefined
   readonly hotRegions: number
   readonly logLevel: LogLevel
+  readonly link: LinkConfig
 }
 
 export function defaultListen(pool: string): string {
   return formatNbdUri({ address: { transport: 'unix', path: resolve(pool, 'nbd.sock') } })
 }
 
+/** @throws UserError USAGE where what was said does not go together */
 export function resolveConfig(pool: string, flags: ConfigValues, file: ConfigValues = {}): DaemonConfig {
   const listen = flags.listen ?? file.listen ?? [defaultListen(pool)]
   return {
@@ -45,7 +64,45 @@ export function resolveConfig(pool: string, flags: ConfigValues, file: ConfigVal
     threads: flags.threads ?? file.threads,
     hotRegions: flags.hotRegions ?? file.hotRegions ?? LIMITS.hotRegionsMax,
     logLevel: flags.logLevel ?? file.logLevel ?? 'info',
+    link: resolveLink({ ...file, ...flags }),
   }
+}
+
+function resolveLink(values: ConfigValues): LinkConfig {
+  const tls = resolveTls(values)
+  const { link: listen, linkKey, linkName = hostname(), linkAllowPlain = false } = values
+  if (listen !== undefined) parseLinkAddress(listen, 'link', 0)
+  checkLinkName(linkName)
+  return {
+    listen,
+    name: linkName,
+    allowPlain: linkAllowPlain,
+    ...(linkKey === undefined ? {} : { keyFile: resolve(linkKey) }),
+    ...(tls === undefined ? {} : { tls }),
+  }
+}
+
+/** Both sides prove themselves, so it is all three or none. */
+function resolveTls({ linkTlsCert, linkTlsKey, linkTlsCa }: ConfigValues): TlsOptions | undefined {
+  if (linkTlsCert !== undefined && linkTlsKey !== undefined && linkTlsCa !== undefined) {
+    return { certificate: resolve(linkTlsCert), key: resolve(linkTlsKey), authority: resolve(linkTlsCa) }
+  }
+  const files = { 'link-tls-cert': linkTlsCert, 'link-tls-key': linkTlsKey, 'link-tls-ca': linkTlsCa }
+  const missing = Object.entries(files).flatMap(([key, path]) => (path === undefined ? [key] : []))
+  if (missing.length === 3) return undefined
+  throw new UserError(
+    'USAGE',
+    `${Object.keys(files).join(', ')} go together: ${missing.join(' and ')} ${missing.length === 1 ? 'is' : 'are'} missing`,
+  )
+}
+
+function checkLinkName(name: string): void {
+  const bytes = Buffer.byteLength(name)
+  if (bytes >= 1 && bytes <= LIMITS.volumeNameBytesMax && !/\p{Cc}/u.test(name)) return
+  throw new UserError(
+    'USAGE',
+    `link-name has to be 1 to ${LIMITS.volumeNameBytesMax} bytes without control characters, not ${JSON.stringify(name)}`,
+  )
 }
 
 /** @throws UserError USAGE that names the file and, where there is one, the key */
@@ -90,14 +147,46 @@ export function checkConfig(value: unknown, source: string): ConfigValues {
       case 'log-level':
         config.logLevel = oneOf(LOG_LEVELS, entry, 'log-level', source)
         break
+      case 'link':
+        config.link = checkText(entry, key, source)
+        break
+      case 'link-name':
+        config.linkName = checkText(entry, key, source)
+        break
+      case 'link-key':
+        config.linkKey = checkText(entry, key, source)
+        break
+      case 'link-tls-cert':
+        config.linkTlsCert = checkText(entry, key, source)
+        break
+      case 'link-tls-key':
+        config.linkTlsKey = checkText(entry, key, source)
+        break
+      case 'link-tls-ca':
+        config.linkTlsCa = checkText(entry, key, source)
+        break
+      case 'link-allow-plain':
+        config.linkAllowPlain = checkFlag(entry, key, source)
+        break
       default:
-        throw new UserError(
-          'USAGE',
-          `${source}: unknown key "${key}"; the keys are listen, datapath, threads, hot-regions and log-level`,
-        )
+        throw new UserError('USAGE', `${source}: unknown key "${key}"; the keys are ${KEYS}`)
     }
   }
   return config
+}
+
+const KEYS =
+  'listen, datapath, threads, hot-regions, log-level, link, link-name, link-key, link-tls-cert, link-tls-key, ' +
+  'link-tls-ca and link-allow-plain'
+
+function checkText(value: unknown, key: string, source: string): string {
+  if (typeof value === 'string' && value !== '') return value
+  throw new UserError('USAGE', `${source}: ${key} must be a text, not ${JSON.stringify(value)}`)
+}
+
+function checkFlag(value: unknown, key: string, source: string): boolean {
+  if (typeof value === 'boolean') return value
+  throw new UserError('USAGE', `${source}: ${key} must be true or false, not ${JSON.stringify(value)}`)
 }
 
 function checkCount(value: unknown, key: string, max: number, source: string): number {

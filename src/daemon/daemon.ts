@@ -13,11 +13,13 @@ import type { pino } from 'pino'
 import { assert } from '../base/assert.ts'
 import { messageOf } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
+import { Mirrors } from '../mirror/mirrors.ts'
 import { Pool, type PoolEvent } from '../volume/pool.ts'
-import type { DaemonConfig } from './config.ts'
+import type { DaemonConfig, LinkConfig } from './config.ts'
 import { EventLog } from './events.ts'
 import { PoolExports } from './exports.ts'
 import { Listener } from './listener.ts'
+import { VERSION } from './version.ts'
 
 export type DaemonState = 'starting' | 'serving' | 'draining' | 'stopped' | 'failed'
 
@@ -41,6 +43,7 @@ export class Daemon {
   readonly started = new Date()
   #state: DaemonState = 'starting'
   #pool: Pool | undefined
+  #mirrors: Mirrors | undefined
   #listener: Listener | undefined
   readonly #frontEnds: FrontEnd[] = []
   #stopping: Promise<void> | undefined
@@ -74,6 +77,11 @@ export class Daemon {
     return this.#pool
   }
 
+  get mirrors(): Mirrors {
+    assert(this.#mirrors !== undefined, 'daemon has no mirrors yet')
+    return this.#mirrors
+  }
+
   /** NBD URIs, with ports as bound. */
   get listening(): readonly string[] {
     return this.#listener?.addresses() ?? []
@@ -99,9 +107,20 @@ export class Daemon {
       log,
       onEvent: (event) => this.events.append(event), // the pool has logged it
     })
+    // Before the first client: from then on every change is noted.
+    this.#mirrors = await Mirrors.open({
+      pool: this.#pool,
+      link: { ...config.link, name: linkName(config.link, this.#pool.info().uuid) },
+      software: `fullstripe ${VERSION}`,
+      log: log.child({ part: 'link' }),
+      event: (level, kind, object, message) => this.#tell(level, kind, object, message),
+    })
     this.#listener = await Listener.open({ uris: config.listen, exports: new PoolExports(this.#pool), log })
+    await this.#mirrors.listen()
     this.#enter('serving')
-    this.#record('info', 'daemon.started', `serving on ${this.listening.join(' ')}`)
+    const link = this.#mirrors.listening
+    const peers = link === undefined ? '' : `, for peers on ${link}`
+    this.#record('info', 'daemon.started', `serving on ${this.listening.join(' ')}${peers}`)
     this.#probing = setInterval(() => this.#probe(), LIMITS.memberProbeMs)
   }
 
@@ -113,6 +132,7 @@ export class Daemon {
       await this.#listener?.close()
       this.events.close() // ends the streams that front ends would wait for
       for (const frontEnd of this.#frontEnds) await frontEnd.close()
+      await this.#mirrors?.close()
       await this.pool.close()
     } catch (error) {
       this.#enter('failed')
@@ -125,6 +145,7 @@ export class Daemon {
   async #abandon(): Promise<void> {
     try {
       await this.#listener?.close()
+      await this.#mirrors?.close()
       await this.#pool?.close()
     } catch (error) {
       this.log.error({ err: error }, `closing after a failed start: ${messageOf(error)}`)
@@ -146,7 +167,10 @@ export class Daemon {
   }
 
   #record(level: PoolEvent['level'], kind: string, message: string): void {
-    const object = this.config.pool
+    this.#tell(level, kind, this.config.pool, message)
+  }
+
+  #tell(level: PoolEvent['level'], kind: string, object: string, message: string): void {
     this.events.append({ time: new Date().toISOString(), level, kind, object, message })
     this.log[level]({ event: kind, object }, message)
   }
@@ -155,4 +179,9 @@ export class Daemon {
     assert(NEXT[this.#state].includes(next), `daemon: ${this.#state} -> ${next}`)
     this.#state = next
   }
+}
+
+/** Unique for each pool of a machine: peers pin identities under it. */
+function linkName({ name }: LinkConfig, pool: string): string {
+  return `${name}-${pool.slice(0, 8)}`
 }

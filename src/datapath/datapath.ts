@@ -20,9 +20,11 @@ import type { Socket } from 'node:net'
  *  1. A request reads the init bit before the slot, with acquire order; the policy writes the slot before the bit.
  *  2. Direct bits are looked at when the bytes are about to be written, never earlier: a client that stalls
  *     in the middle of a payload holds nothing.
- *  3. `barrier()` resolves when every member access (in-place write, read) that began before the call has
+ *  3. `barrier()` resolves when every member access (in-place write, read, `readRange`) that began before the call has
  *     finished. An access that begins later sees every table change made before the call.
  *  4. Commands of one policy turn are submitted together, upcalls and completions arrive in batches.
+ *  5. The payload of a write upcall stays as it is until `complete`, and that is not called while a command of the policy
+ *     still uses it. An adopted one's belongs to who adopted it: nobody may change it until then.
  */
 
 /** Where slots lie on the members. Chunk c (0..k-1) of slot s is on member (s + c) mod (k + p), parity chunk q on
@@ -71,6 +73,14 @@ export interface StatusResult {
 export interface StatusExtent {
   readonly length: number // bytes
   readonly flags: number
+}
+
+/** What `adopt` takes instead of a client's request. */
+export interface AdoptedRequest {
+  readonly kind: 'write' | 'trim' | 'zero'
+  readonly offset: number // bytes; offset + length <= size
+  readonly length: number // bytes; > 0
+  readonly payload?: Buffer | undefined // of a write, and of nothing else: `length` bytes
 }
 
 export interface ExportHandler {
@@ -140,7 +150,10 @@ export interface Datapath {
   openExport(spec: ExportSpec, handler: ExportHandler): ExportId
   /** Switches to other tables (resize). Resolves when nothing uses the old ones; until then the caller keeps both up to date. */
   retable(id: ExportId, tables: ExportTables): Promise<void>
-  /** Ends the export's sessions (no more requests are read, those in flight are answered), then forgets it. */
+  /**
+   * Ends the export's sessions (no more requests are read, those in flight are answered), waits for `complete` of what was
+   * adopted and for every readRange, then forgets it.
+   */
   closeExport(id: ExportId): Promise<void>
 
   serve(id: ExportId, session: SessionSpec): SessionId
@@ -151,12 +164,30 @@ export interface Datapath {
   complete(upcall: number, errno: number): void
   completeStatus(upcall: number, results: readonly StatusResult[]): void
 
+  /**
+   * Stands in for a client: from here to `complete` the id is an upcall's, for the overlays of formatUnit, writePart and
+   * readPayload. No handler is told and nothing is counted: whoever adopts hands the upcall to the policy, and bounds how much
+   * is adopted at a time. `complete` frees it and sends nothing.
+   * @throws StoreError SHUTTING_DOWN once the export is being closed
+   */
+  adopt(id: ExportId, request: AdoptedRequest): number
+  /** Copies from the payload of a write upcall, now; `offset` counts in bytes from the upcall's own. */
+  readPayload(upcall: number, offset: number, target: Buffer): void
+
   // Member access by the policy. Each rejects with a StoreError MEMBER_IO or NO_SPACE that names member and offset.
   formatUnit(request: FormatUnit): Promise<void>
   /** Writes the part of upcall `upcall` (its payload, or zeros for trim and zero) that lies in `stripe` to `slot`, in place. */
   writePart(upcall: number, stripe: number, slot: number): Promise<void>
   readSlot(slot: number, offset: number, target: Buffer): Promise<void>
   writeSlot(slot: number, offset: number, source: Buffer): Promise<void>
+  /**
+   * What a client would read: slots, or the fill byte where nothing is formatted; offset + target.length <= size. Tables are
+   * looked at in this call, members are read off this thread. Writes in place that go on meanwhile show or do not, as for a
+   * client. It may be called until the last request in flight and the last adopted one of a closing export are answered,
+   * since their policy may need it. The caller bounds how many run.
+   * @throws StoreError MEMBER_IO, SHUTTING_DOWN
+   */
+  readRange(id: ExportId, offset: number, target: Buffer): Promise<void>
   /** All completed member writes become durable. */
   sync(): Promise<void>
   /** Gives the space of free slots [slot, slot + count) back to the file system; false where that is not possible. */
@@ -167,6 +198,6 @@ export interface Datapath {
   exportCounters(id: ExportId): ExportCounters
   memberCounters(): readonly MemberCounters[]
 
-  /** Drains and closes all exports, stops all threads. Member descriptors are unused after it resolves. */
+  /** Drains and closes all exports (see closeExport), stops all threads. Member descriptors are unused after it resolves. */
   close(): Promise<void>
 }

@@ -70,6 +70,18 @@ export interface Binding {
   ): void
   submit(handle: NativeHandle, words: Numbers, count: number): void
   completeStatus(handle: NativeHandle, upcallIndex: number, words: Numbers): void
+  /** Returns the upcall's index. `kind` as in upcall events; the addon reads `payload` until the upcall is completed. */
+  adopt(
+    handle: NativeHandle,
+    exportId: number,
+    kind: number,
+    offset: number,
+    length: number,
+    payload: Buffer | null,
+  ): number
+  readPayload(handle: NativeHandle, upcallIndex: number, offset: number, target: Buffer): void
+  /** Fills `target` until the tag's event comes; its errno is ECANCELED where the export is closed. */
+  readRange(handle: NativeHandle, tag: number, exportId: number, offset: number, target: Buffer): void
   slotIo(
     handle: NativeHandle,
     tag: number,
@@ -100,7 +112,7 @@ export const RECORD_WORDS = 10
 export const EXPORT_COUNTERS = 11
 export const MEMBER_COUNTERS = 5
 
-const bindingVersion = 1
+const bindingVersion = 2
 
 export type NativeLoad =
   | { readonly ok: true; readonly binding: Binding }

@@ -3,7 +3,9 @@ import { getSystemErrorName } from 'node:util'
 import { assert } from '../base/assert.ts'
 import { StoreError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
+import { checkAdopted } from './adopted-request.ts'
 import type {
+  AdoptedRequest,
   Datapath,
   DatapathDescription,
   ExportCounters,
@@ -37,7 +39,8 @@ export { loadNative } from './native-binding.ts'
 
 /**
  * The datapath in C++ (native/): this class turns calls into numbers and events back into calls. It holds what the
- * addon points to: tables until their export is closed or they are replaced, buffers until their access is over.
+ * addon points to: tables until their export is closed or they are replaced, buffers until their access is over, payloads
+ * that were adopted until they are completed.
  *
  * Commands of one turn are collected in `#words` and cross together, at the end of a batch of upcalls or on the next
  * tick. Events come in batches too: #onWake drains them all, settles promises, tells ended sessions, and hands each
@@ -55,6 +58,7 @@ export interface NativeOpenOptions {
 
 const upcallIndexes = 2 ** 20
 const kindOf: readonly UpcallKind[] = ['write', 'write', 'sync', 'trim', 'zero', 'status'] // by number, from 1
+const numberOf = { write: 1, trim: 3, zero: 4 } as const
 const endOf: readonly SessionEnd[] = ['disconnect', 'hangup', 'protocol', 'error', 'closed']
 const modeNumber: Record<ReplyMode, number> = { simple: 0, structured: 1, extended: 2 }
 const engineNumber = { auto: 0, io_uring: 1, threads: 2 } as const
@@ -171,6 +175,7 @@ export class NativeDatapath implements Datapath {
     checkTables(exported.spec, tables)
     this.#flush() // commands made before belong before the new tables
     exported.tables.add(tables)
+    exported.size = tables.size
     const { size, slots, init, direct } = tables
     const done = this.#command((tag) =>
       this.#binding.retable(this.#handle, id, tag, size, slots, init, direct),
@@ -284,6 +289,41 @@ export class NativeDatapath implements Datapath {
     this.#binding.completeStatus(this.#handle, taken.index, Float64Array.from(words))
   }
 
+  adopt(id: ExportId, request: AdoptedRequest): number {
+    const exported = this.#export(id)
+    if (exported.closing !== null) throw shuttingDown(`export ${exported.spec.name} is being closed`)
+    checkAdopted(request, exported.size)
+    const { kind, offset, length, payload = null } = request
+    const index = this.#binding.adopt(this.#handle, id, numberOf[kind], offset, length, payload)
+    const upcall: OutstandingUpcall = {
+      id: this.#upcallId(index),
+      kind,
+      flags: 0,
+      offset,
+      length,
+      contexts: noContexts,
+      index,
+      exported,
+      payload,
+      uses: 0,
+    }
+    this.#upcalls[index] = upcall
+    return upcall.id
+  }
+
+  readPayload(id: number, offset: number, target: Buffer): void {
+    const { kind, index, length } = this.#upcall(id)
+    assert(kind === 'write', 'only a write has a payload')
+    assert(offset >= 0 && offset + target.length <= length, 'a range within the payload')
+    this.#binding.readPayload(this.#handle, index, offset, target)
+  }
+
+  /** The addon gives an index again when a completion has crossed, which is after its release here. */
+  #upcallId(index: number): number {
+    assert(index < upcallIndexes && this.#upcalls[index] === undefined, 'an upcall in the place of another')
+    return ++this.#upcallSerial * upcallIndexes + index
+  }
+
   #upcall(id: number): OutstandingUpcall {
     const upcall = this.#upcalls[id % upcallIndexes]
     assert(upcall !== undefined && upcall.id === id, `upcall ${id} is not outstanding`)
@@ -355,6 +395,16 @@ export class NativeDatapath implements Datapath {
     this.#flush()
     // The pending command keeps the buffer, which the addon reads or fills, alive.
     await this.#command((tag) => this.#binding.slotIo(this.#handle, tag, write, slot, offset, buffer), buffer)
+  }
+
+  /** It crosses at once, before commands that were collected: a barrier among them waits for it too, and may. */
+  async readRange(id: ExportId, offset: number, target: Buffer): Promise<void> {
+    const exported = this.#exports.get(id)
+    if (exported === undefined) throw shuttingDown('the export is closed')
+    assert(offset >= 0 && offset + target.length <= exported.size, 'a range within the volume')
+    if (target.length === 0) return
+    // The pending command keeps the buffer alive.
+    await this.#command((tag) => this.#binding.readRange(this.#handle, tag, id, offset, target), target)
   }
 
   async sync(): Promise<void> {
@@ -548,22 +598,23 @@ export class NativeDatapath implements Datapath {
     const index = records[at + 1] ?? 0
     const exported = this.#export(records[at + 2] ?? 0)
     const kind = kindOf[records[at + 3] ?? 0] ?? 'sync'
-    assert(index < upcallIndexes && this.#upcalls[index] === undefined, 'an upcall in the place of another')
+    let contexts = noContexts
+    if (kind === 'status') {
+      const session = this.#sessions.get(records[at + 7] ?? 0)
+      assert(session !== undefined, 'an upcall of no session')
+      contexts = chosen(session.spec.contexts, records[at + 8] ?? 0, records[at + 9] ?? 0)
+    }
     const upcall: OutstandingUpcall = {
-      id: ++this.#upcallSerial * upcallIndexes + index,
+      id: this.#upcallId(index),
       kind,
       flags: records[at + 4] ?? 0,
       offset: records[at + 5] ?? 0,
       length: records[at + 6] ?? 0,
-      contexts: noContexts,
+      contexts,
       index,
       exported,
+      payload: null,
       uses: 0,
-    }
-    if (kind === 'status') {
-      const session = this.#sessions.get(records[at + 7] ?? 0)
-      assert(session !== undefined, 'an upcall of no session')
-      upcall.contexts = chosen(session.spec.contexts, records[at + 8] ?? 0, records[at + 9] ?? 0)
     }
     this.#upcalls[index] = upcall
     if (exported.upcalls.length === 0) this.#batches.push(exported)
@@ -587,6 +638,7 @@ class NativeExport {
   readonly handler: ExportHandler
   readonly tables: Set<ExportTables> // those that the addon may point to
   readonly waiting = new Set<NativeSession>() // served, but not with the addon yet
+  size: number // bytes
   upcalls: OutstandingUpcall[] = []
   sessions = 0
   uses = 0 // commands of the policy on this export that have not ended
@@ -598,6 +650,7 @@ class NativeExport {
     this.spec = spec
     this.handler = handler
     this.tables = new Set([spec.tables])
+    this.size = spec.tables.size
   }
 
   used(): void {
@@ -620,9 +673,9 @@ interface NativeSession {
 }
 
 interface OutstandingUpcall extends Upcall {
-  contexts: readonly number[]
   readonly index: number // in the addon's table
   readonly exported: NativeExport
+  readonly payload: Buffer | null // of an adopted write: the addon points to it
   uses: number // commands that use its payload now
 }
 
@@ -658,6 +711,7 @@ function checkTables(spec: ExportSpec, tables: ExportTables): void {
 
 function memberError(errno: number, member: number, offset: number, write: boolean): StoreError {
   const name = getSystemErrorName(-errno)
+  if (name === 'ECANCELED') return shuttingDown('the export or the datapath is closed')
   const full = name === 'ENOSPC' || name === 'EDQUOT' || name === 'EFBIG'
   const action = write ? 'write' : 'read'
   return new StoreError(

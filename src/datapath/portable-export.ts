@@ -1,6 +1,17 @@
 import type { ExportHandler, ExportId, ExportSpec, ExportTables, Upcall } from './datapath.ts'
 import type { PortableConnection } from './portable-connection.ts'
 
+/** A request without a client (`adopt`); `connection` tells it from a PendingRequest. */
+export interface AdoptedPending {
+  readonly connection: null
+  readonly export: PortableExport
+  readonly request: { readonly offset: number } // bytes
+  readonly length: number // bytes
+  readonly payload: Buffer | null // the adopter's; exactly `length` bytes of a write
+  readonly kind: 'write' | 'trim' | 'zero'
+  uses: number // member accesses that use the payload now
+}
+
 /** What an export counts; the writable form of ExportCounters. */
 export interface ExportCounts {
   reads: number
@@ -39,6 +50,9 @@ export class PortableExport {
   upcalls: Upcall[] = [] // the next batch
   closing: Promise<void> | null = null
   onEmpty: (() => void) | null = null // set while `closing` waits for the last connection
+  adopted = 0 // that are not completed
+  onAdoptedEmpty: (() => void) | null = null // set while `closing` waits for the last adopted one
+  drained = false // closing, and nobody is left to answer: no readRange begins any more
 
   constructor(id: ExportId, spec: ExportSpec, handler: ExportHandler) {
     this.id = id

@@ -192,6 +192,11 @@ export class PortableMembers {
     })
   }
 
+  /** `readLater` for callers that can afford a promise. */
+  readInPool(slot: number, offset: number, target: Buffer): Promise<void> {
+    return promised((done) => this.readLater(slot, offset, target, 0, target.length, done))
+  }
+
   write(slot: number, offset: number, source: Buffer): Promise<void> {
     if (!this.writeGate.allows(source.length)) {
       return promised((done) => this.writeLater(slot, offset, source, 0, source.length, done))

@@ -1,9 +1,11 @@
 import { assert } from '../base/assert.ts'
 import { StoreError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
+import { checkAdopted } from './adopted-request.ts'
 import { BufferPool } from './buffer-pool.ts'
 import { ByteBudget } from './byte-budget.ts'
 import type {
+  AdoptedRequest,
   Datapath,
   DatapathDescription,
   ExportCounters,
@@ -22,8 +24,9 @@ import type {
 } from './datapath.ts'
 import { type Overlay, overlayStripe, planStripe } from './format-image.ts'
 import { type ConnectionHost, type PendingRequest, PortableConnection } from './portable-connection.ts'
-import { PortableExport } from './portable-export.ts'
+import { type AdoptedPending, PortableExport } from './portable-export.ts'
 import { type MemberCalls, PortableMembers } from './portable-members.ts'
+import { readPieces } from './table-lookup.ts'
 
 /**
  * The datapath in TypeScript, on node:net and node:fs: the reference for the native one, and what runs where no
@@ -46,7 +49,7 @@ export class PortableDatapath implements Datapath, ConnectionHost {
   readonly budget = new ByteBudget(LIMITS.payloadInFlightTotal)
 
   readonly #exports = new Map<ExportId, PortableExport>()
-  readonly #upcalls = new Map<number, PendingRequest>()
+  readonly #upcalls = new Map<number, PendingRequest | AdoptedPending>()
   #nextExport = 1
   #nextSession = 1
   #nextUpcall = 1
@@ -127,14 +130,47 @@ export class PortableDatapath implements Datapath, ConnectionHost {
   complete(upcall: number, errno: number): void {
     assert(this.#pending(upcall).kind !== 'status' || errno !== 0, 'a status upcall needs results')
     const pending = this.#take(upcall)
-    pending.connection.completed(pending, errno)
+    if (pending.connection !== null) {
+      pending.connection.completed(pending, errno)
+      return
+    }
+    const exported = pending.export
+    exported.adopted--
+    if (exported.adopted === 0) exported.onAdoptedEmpty?.()
   }
 
   completeStatus(upcall: number, results: readonly StatusResult[]): void {
     assert(this.#pending(upcall).kind === 'status', 'status results for another kind of upcall')
     assert(results.length > 0, 'status results for no context')
     const pending = this.#take(upcall)
+    assert(pending.connection !== null, 'a status upcall is never adopted')
     pending.connection.completedStatus(pending, results)
+  }
+
+  adopt(id: ExportId, request: AdoptedRequest): number {
+    const exported = this.#export(id)
+    if (exported.closing !== null) throw shuttingDown(`export ${exported.spec.name} is being closed`)
+    checkAdopted(request, exported.tables.size)
+    const { kind, offset, length, payload = null } = request
+    const upcall = this.#nextUpcall++
+    this.#upcalls.set(upcall, {
+      connection: null,
+      export: exported,
+      request: { offset },
+      length,
+      payload,
+      kind,
+      uses: 0,
+    })
+    exported.adopted++
+    return upcall
+  }
+
+  readPayload(upcall: number, offset: number, target: Buffer): void {
+    const { kind, payload, length } = this.#pending(upcall)
+    assert(kind === 'write' && payload !== null, 'only a write has a payload')
+    assert(offset >= 0 && offset + target.length <= length, 'a range within the payload')
+    payload.copy(target, 0, offset, offset + target.length)
   }
 
   // ------------------------------------------------------------------------------- commands of the policy
@@ -234,6 +270,26 @@ export class PortableDatapath implements Datapath, ConnectionHost {
     if (source.length > 0) await this.members.write(slot, offset, source)
   }
 
+  /** Every piece begins in this turn, so a barrier from the next line on waits for all of them. */
+  async readRange(id: ExportId, offset: number, target: Buffer): Promise<void> {
+    const exported = this.#exports.get(id)
+    if (exported === undefined || exported.drained) throw shuttingDown('the export is closed')
+    const { spec, tables } = exported
+    assert(offset >= 0 && offset + target.length <= tables.size, 'a range within the volume')
+    const pieces = readPieces(spec, tables, this.members.contiguous, offset, target.length)
+    await settled(
+      pieces.map((piece) => {
+        const { slot, start, length } = piece
+        if (slot !== 0) {
+          // Not inline, whatever the gate says: who copies a volume should leave this thread to its clients.
+          return this.members.readInPool(slot, piece.offset, target.subarray(start, start + length))
+        }
+        target.fill(spec.fill, start, start + length)
+        return undefined
+      }),
+    )
+  }
+
   async sync(): Promise<void> {
     this.#checkOpen()
     await this.members.sync()
@@ -276,6 +332,12 @@ export class PortableDatapath implements Datapath, ConnectionHost {
         for (const connection of exported.connections) connection.end('closed')
       })
     }
+    if (exported.adopted > 0) {
+      await new Promise<void>((resolve) => {
+        exported.onAdoptedEmpty = resolve
+      })
+    }
+    exported.drained = true
     await this.barrier()
     this.#exports.delete(exported.id)
   }
@@ -309,13 +371,13 @@ export class PortableDatapath implements Datapath, ConnectionHost {
     return exported
   }
 
-  #pending(upcall: number): PendingRequest {
+  #pending(upcall: number): PendingRequest | AdoptedPending {
     const pending = this.#upcalls.get(upcall)
     assert(pending !== undefined, `upcall ${upcall} is not outstanding`)
     return pending
   }
 
-  #take(upcall: number): PendingRequest {
+  #take(upcall: number): PendingRequest | AdoptedPending {
     const pending = this.#pending(upcall)
     assert(pending.uses === 0, `upcall ${upcall} is completed while its payload is being written`)
     this.#upcalls.delete(upcall)

@@ -25,8 +25,8 @@ import { Rounds } from '../base/rounds.ts'
  *  2. A durable mark is written only after the members were synced, and then the journal is synced: everything
  *     up to `covered` survives a power cut. Frames past the last mark may be on disk while their data is not, so
  *     after a reboot (another boot id) they are ignored; after a mere restart the page cache still has both.
- *     Intents (`hot`, `cool`) speak of no data: they count wherever they can be read. Who needs one durable syncs the
- *     journal, no member, before the write that it announces.
+ *     Bits of intents and of mirrors (`hot`, `cool`, `copySet`, `copyClear`) speak of no data: they count wherever they can be
+ *     read. Who needs one durable syncs the journal, no member, before the write that it announces.
  *  3. After a failed sync the page cache may hold what no disk will: a distrust frame makes a mere restart count as a reboot.
  *     No sync is tried again after one that failed: the kernel may have forgotten what it could not write.
  *  4. A file is taken into use again only after LMDB has committed every frame in it.
@@ -56,12 +56,16 @@ export const CHANGE = {
   hot: 4,
   /** All that was changed in regions [first, first + count) is durable, and nothing changes there before they are hot again. */
   cool: 5,
+  /** Copy units [first, first + count) of a mirror (its id is the medium) may differ from what its secondary has (src/metadata/copy.ts). */
+  copySet: 6,
+  /** The secondary has copy units [first, first + count). */
+  copyClear: 7,
 } as const
 
 export interface Change {
   readonly op: number // of CHANGE
-  readonly medium: number
-  readonly first: number // stripe, format unit or region
+  readonly medium: number // of a volume; for copy units a mirror's id
+  readonly first: number // stripe, format unit, region or copy unit
   readonly count: number
   readonly slot: number // `slots` only, else 0
 }
@@ -119,7 +123,7 @@ export interface JournalIdentity {
 
 export interface Recovery {
   readonly changes: readonly Change[] // of tables, to be applied in order
-  readonly intents: readonly Change[] // the same for intents; also of frames that no mark covers
+  readonly bits: readonly Change[] // the same for bits that speak of no data; also of frames that no mark covers
   readonly lastSequence: number // of any frame seen; the next frame gets the one after
   readonly dropped: number // frames that were not covered by a durable mark when the machine stopped
 }
@@ -210,19 +214,19 @@ export class Journal {
       if (frame.kind === KIND_DURABLE) covered = Math.max(covered, coveredBy(frame))
     }
     const changes: Change[] = []
-    const intents: Change[] = []
+    const bits: Change[] = []
     let dropped = 0
     for (const frame of frames) {
       if (frame.kind !== KIND_CHANGES) continue
       let drops = false
       for (const change of decodeChanges(frame.payload)) {
-        if (isIntent(change)) intents.push(change)
+        if (isBits(change)) bits.push(change)
         else if (frame.sequence <= covered) changes.push(change)
         else drops = true
       }
       if (drops) dropped++
     }
-    return { changes, intents, lastSequence: last, dropped }
+    return { changes, bits, lastSequence: last, dropped }
   }
 
   /**
@@ -474,7 +478,17 @@ function* decodeChanges(payload: Buffer): Generator<Change> {
   }
 }
 
-/** Whether a record speaks of intents, not of tables. */
+/** Whether a record speaks of intents. */
 export function isIntent({ op }: Change): boolean {
   return op === CHANGE.hot || op === CHANGE.cool
+}
+
+/** Whether a record speaks of a mirror's copy units. */
+export function isCopy({ op }: Change): boolean {
+  return op === CHANGE.copySet || op === CHANGE.copyClear
+}
+
+/** Whether a record speaks of no data, so that it counts wherever it can be read. */
+function isBits(change: Change): boolean {
+  return isIntent(change) || isCopy(change)
 }

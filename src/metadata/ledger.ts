@@ -120,7 +120,7 @@ export class Ledger {
     return this.#flushes.run()
   }
 
-  /** The records made before the call are durable when it resolves, whatever becomes of the data: for intents, which have none. */
+  /** The records made before the call are durable when it resolves, whatever becomes of the data: for bits, which have none. */
   async harden(): Promise<void> {
     this.#throwIfFailed()
     try {

@@ -5,8 +5,9 @@
  *
  *   1   volumes, map and init pages
  *   2   intents: pages of hot and suspect regions, records of both in the journal
+ *   3   mirrors: their records, pages of copy units, records of these in the journal
  */
-export const METADATA_VERSION = 2
+export const METADATA_VERSION = 3
 
 export interface PoolRecord {
   readonly version: number
@@ -47,6 +48,42 @@ export interface VolumeRecord {
   readonly formatter: { readonly state: FormatterState; readonly rate: number | null }
   /** Absent where nobody needs intents. */
   readonly intents?: IntentsRecord | undefined
+  /** Which states its content has been through, so that two copies of it can tell who is ahead; absent where it was never mirrored. */
+  readonly generation?: GenerationRecord | undefined
+  /** Id of the mirror whose primary writes this volume: clients only read. */
+  readonly secondaryOf?: number | undefined
+}
+
+/** Uuids; the history is newest first, at most LIMITS.generationsKept. */
+export interface GenerationRecord {
+  readonly current: string
+  readonly history: readonly string[]
+}
+
+export type MirrorRole = 'primary' | 'secondary'
+
+/** One side of a relation between two volumes. */
+export interface MirrorRecord {
+  readonly id: number // of the same numbers as volumes; the medium of its copy pages
+  readonly relation: string // uuid, the same on both sides
+  readonly name: string // unique in its volume
+  readonly volume: number // id
+  readonly created: string // ISO 8601
+  readonly role: MirrorRole
+  readonly peer: { readonly name: string; readonly fingerprint: string | null; readonly volume: string }
+  readonly address: string | null // HOST:PORT or an NBD URI that this side dials; null: the peer dials
+  readonly kind: 'link' | 'nbd'
+  readonly mode: 'sync' | 'async'
+  readonly init: 'realized' | 'signature' | 'full'
+  readonly intervalMs: number
+  readonly onLoss: 'continue' | 'block'
+  readonly rate: number | null // bytes a second
+  readonly unitBytes: number // of a copy unit; never changes
+  readonly paused: boolean
+  readonly initialized: boolean // the secondary has been consistent once
+  readonly base: string // generation that the copy bitmap counts from
+  readonly cycle: number // last commit or session that both sides agreed on
+  readonly clean: boolean // primary: false while the copy bitmap says nothing yet
 }
 
 /** Regions that may be changed are announced on disk (intents.ts). */
@@ -58,14 +95,14 @@ export interface IntentsRecord {
   readonly since: string | null
 }
 
-/** Entries of a map page (a slot each, u32), bits of an init page, bits of a page of regions. */
+/** Entries of a map page (a slot each, u32), bits of an init page, bits of a page of regions or copy units. */
 export const MAP_PAGE_ENTRIES = 2048
 export const INIT_PAGE_BITS = 32768
 export const REGION_PAGE_BITS = 32768
 
-export type PageKind = 'map' | 'init' | 'hot' | 'suspect'
+export type PageKind = 'map' | 'init' | 'hot' | 'suspect' | 'copy'
 
-/** One page of a medium's tables; `bytes` undefined means all zero, so it is not stored. */
+/** One page of a medium's tables, or of a mirror's copy units; `bytes` undefined means all zero, so it is not stored. */
 export interface MetadataPage {
   readonly medium: number
   readonly kind: PageKind

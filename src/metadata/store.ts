@@ -9,6 +9,7 @@ import { messageOf, StoreError, systemCode } from '../base/errors.ts'
 import {
   METADATA_VERSION,
   type MetadataPage,
+  type MirrorRecord,
   type PageKind,
   type PoolRecord,
   type VolumeRecord,
@@ -17,7 +18,7 @@ import {
 /**
  * The transactional store of a pool, one LMDB environment in POOL/metadata:
  *
- *   catalog   'pool', ['volume', id], 'checkpoint', 'ids'      JSON
+ *   catalog   'pool', ['volume', id], ['mirror', id], 'checkpoint', 'ids'      JSON
  *   pages     [medium, kind, index]                            little-endian table pages
  *
  * Every value ends in its CRC32. A transaction is durable when its promise resolves (LMDB's own synchronous
@@ -30,6 +31,9 @@ export interface Commit {
   readonly putVolumes?: readonly VolumeRecord[]
   /** Forgets volumes and every page of their media. */
   readonly dropVolumes?: readonly VolumeRecord[]
+  readonly putMirrors?: readonly MirrorRecord[]
+  /** Forgets mirrors and every page of theirs. */
+  readonly dropMirrors?: readonly MirrorRecord[]
   readonly pool?: PoolRecord
   readonly nextId?: number
 }
@@ -41,6 +45,7 @@ export interface TransactionalStore {
   checkpoint(): number
   nextId(): number
   volumes(): Iterable<VolumeRecord>
+  mirrors(): Iterable<MirrorRecord>
   /** All stored pages of a medium, each kind in order of index. */
   pages(medium: number, kind: PageKind): Iterable<{ index: number; bytes: Buffer }>
   /** Media that have pages. */
@@ -50,12 +55,12 @@ export interface TransactionalStore {
    * @throws StoreError NO_SPACE or MEMBER_IO; nothing of it was stored then
    */
   commit(commit: Commit): Promise<void>
-  /** Removes the pages of media that no volume names (left by nobody; `check --repair` uses it). */
+  /** Removes the pages of media that no volume and no mirror names (left by nobody; `check --repair` uses it). */
   dropMedium(medium: number): Promise<void>
   close(): Promise<void>
 }
 
-const KIND_NUMBER: Record<PageKind, number> = { map: 0, init: 1, hot: 2, suspect: 3 }
+const KIND_NUMBER: Record<PageKind, number> = { map: 0, init: 1, hot: 2, suspect: 3, copy: 4 }
 type Key = string | (string | number)[]
 
 export class MetadataStore implements TransactionalStore {
@@ -126,13 +131,12 @@ export class MetadataStore implements TransactionalStore {
     return this.#get<{ next: number }>('ids')?.next ?? 1
   }
 
-  *volumes(): Generator<VolumeRecord> {
-    for (const { key, value } of this.#catalog.getRange({
-      start: ['volume', 0],
-      end: ['volume', Number.MAX_SAFE_INTEGER],
-    })) {
-      yield decodeJson<VolumeRecord>(value, JSON.stringify(key))
-    }
+  volumes(): Generator<VolumeRecord> {
+    return this.#records<VolumeRecord>('volume')
+  }
+
+  mirrors(): Generator<MirrorRecord> {
+    return this.#records<MirrorRecord>('mirror')
   }
 
   *pages(medium: number, kind: PageKind): Generator<{ index: number; bytes: Buffer }> {
@@ -165,6 +169,11 @@ export class MetadataStore implements TransactionalStore {
         settled.push(this.#catalog.remove(['volume', volume.id]))
         this.#dropPages(volume.medium, settled)
       }
+      for (const mirror of commit.putMirrors ?? []) put(['mirror', mirror.id], mirror)
+      for (const mirror of commit.dropMirrors ?? []) {
+        settled.push(this.#catalog.remove(['mirror', mirror.id]))
+        this.#dropPages(mirror.id, settled)
+      }
       for (const page of commit.pages ?? []) {
         const key: Key = [page.medium, KIND_NUMBER[page.kind], page.index]
         settled.push(
@@ -180,6 +189,15 @@ export class MetadataStore implements TransactionalStore {
 
   async close(): Promise<void> {
     await this.#root.close()
+  }
+
+  *#records<T>(kind: 'volume' | 'mirror'): Generator<T> {
+    for (const { key, value } of this.#catalog.getRange({
+      start: [kind, 0],
+      end: [kind, Number.MAX_SAFE_INTEGER],
+    })) {
+      yield decodeJson<T>(value, JSON.stringify(key))
+    }
   }
 
   #dropPages(medium: number, settled: Promise<unknown>[]): void {

@@ -1,9 +1,9 @@
 import { messageOf, StoreError, UserError } from '../base/errors.ts'
-import { type Change, isIntent } from '../metadata/journal.ts'
-import type { MetadataPage, VolumeRecord } from '../metadata/records.ts'
+import { type Change, isCopy, isIntent } from '../metadata/journal.ts'
+import type { MetadataPage, MirrorRecord, PageKind, VolumeRecord } from '../metadata/records.ts'
 import { SlotAllocator } from '../stripe/allocator.ts'
 import { writeSuperblocks } from '../stripe/members.ts'
-import { type LoadedVolume, loadVolume, misplaced } from './load.ts'
+import { type LoadedVolume, loadMirror, loadVolume, misplaced } from './load.ts'
 import { closeParts, openPoolParts, type PoolParts } from './pool-parts.ts'
 import type { VolumeTables } from './tables.ts'
 
@@ -11,11 +11,12 @@ import type { VolumeTables } from './tables.ts'
  * Verifies an offline pool without guessing. What it looks at:
  *
  *   members     superblocks of every member agree with the catalog (opening them checks that), both copies intact
- *   pages       checksums; none outside its volume; none of a medium that no volume names
+ *   pages       checksums; none outside its volume; none of a medium that neither a volume nor a mirror names
  *   journal     its changes fit the volumes
  *   slots       inside the pool, one owner each; a thick volume's are the reserved ones
  *   init bits   every stripe of a formatted unit has a slot; in a thin volume no other stripe has one
  *   intents     hot and suspect regions only where the volume keeps intents
+ *   mirrors     their volumes exist, no name twice in one; copy units inside the volume; who writes a secondary is there
  *
  * Repair touches only what has one right answer: pages nobody names, slots nobody reads, a superblock's copy. Two owners of
  * a slot or a lost page are reported and left alone.
@@ -72,7 +73,8 @@ class Check {
   async run(): Promise<CheckReport> {
     await this.#members()
     const records = [...this.#parts.store.volumes()]
-    await this.#orphans(records)
+    const mirrors = [...this.#parts.store.mirrors()]
+    await this.#orphans(records, mirrors)
     const changes = this.#journal()
     for (const record of records) {
       for (const { slot, count } of record.runs) {
@@ -88,6 +90,7 @@ class Check {
       this.#log(`volume ${record.name}`)
       await this.#volume(record, changes.get(record.medium) ?? [])
     }
+    await this.#mirrors(records, mirrors, changes)
     const errors = this.#findings.filter((finding) => finding.severity === 'error')
     const status = errors.some((finding) => !finding.repaired)
       ? 'damaged'
@@ -107,13 +110,39 @@ class Check {
     }
   }
 
-  async #orphans(records: readonly VolumeRecord[]): Promise<void> {
-    const named = new Set(records.map((record) => record.medium))
-    for (const medium of this.#parts.store.mediaWithPages()) {
-      if (named.has(medium)) continue
-      if (this.#repair) await this.#parts.store.dropMedium(medium)
-      this.#error(`medium ${medium}`, 'has pages, and no volume names it', this.#repair)
+  async #orphans(records: readonly VolumeRecord[], mirrors: readonly MirrorRecord[]): Promise<void> {
+    const { store } = this.#parts
+    const media = store.mediaWithPages()
+    const copies = new Set(mirrors.map(({ id }) => id))
+    const tables = new Set(records.map(({ medium }) => medium))
+    for (const medium of media) {
+      if (copies.has(medium) || tables.has(medium)) continue
+      if (this.#repair) await store.dropMedium(medium)
+      this.#error(`medium ${medium}`, 'has pages, and no volume or mirror names it', this.#repair)
     }
+    for (const medium of copies) {
+      if (tables.has(medium)) this.#error(`medium ${medium}`, 'is a mirror and a volume')
+      else await this.#strays(medium, ['map', 'init', 'hot', 'suspect'], `mirror ${medium}`, 'of a volume')
+    }
+    for (const { medium, name } of records)
+      if (!copies.has(medium)) await this.#strays(medium, ['copy'], `volume ${name}`, 'of copy units')
+  }
+
+  /** Pages of kinds that a medium does not have. */
+  async #strays(medium: number, kinds: readonly PageKind[], object: string, what: string): Promise<void> {
+    const { store } = this.#parts
+    const strays: MetadataPage[] = []
+    try {
+      for (const kind of kinds)
+        for (const { index } of store.pages(medium, kind))
+          strays.push({ medium, kind, index, bytes: undefined })
+    } catch (error) {
+      this.#error(object, explain(error))
+      return
+    }
+    if (strays.length === 0) return
+    if (this.#repair) await store.commit({ pages: strays })
+    this.#error(object, `${strays.length} pages ${what}, which it does not have`, this.#repair)
   }
 
   #journal(): Map<number, Change[]> {
@@ -121,7 +150,7 @@ class Check {
     const byMedium = new Map<number, Change[]>()
     try {
       const recovery = this.#parts.journal.recover(this.#parts.store.checkpoint())
-      for (const change of [...recovery.changes, ...recovery.intents]) {
+      for (const change of [...recovery.changes, ...recovery.bits]) {
         const list = byMedium.get(change.medium) ?? []
         list.push(change)
         byMedium.set(change.medium, list)
@@ -156,7 +185,7 @@ class Check {
     const { tables } = loaded
     await this.#intents(loaded, changes.filter(isIntent), object)
     if (!this.#unitsHaveSlots(tables, object)) return
-    for (const change of changes) if (!isIntent(change)) tables.apply(change)
+    for (const change of changes) if (!isIntent(change) && !isCopy(change)) tables.apply(change)
     for (const run of tables.slotRuns()) {
       this.#slotsUsed += run.count
       if (record.provision === 'thick') {
@@ -212,6 +241,42 @@ class Check {
         object,
         `${suspectCount} regions are suspect since an unclean stop; fullstripe volume map shows them`,
       )
+  }
+
+  async #mirrors(
+    records: readonly VolumeRecord[],
+    mirrors: readonly MirrorRecord[],
+    changes: ReadonlyMap<number, readonly Change[]>,
+  ): Promise<void> {
+    const { store } = this.#parts
+    const volumes = new Map(records.map((record) => [record.id, record]))
+    const names = new Set<string>()
+    for (const mirror of mirrors) {
+      const volume = volumes.get(mirror.volume)
+      const object = `mirror ${mirror.name}`
+      if (volume === undefined) {
+        if (this.#repair) await store.commit({ dropMirrors: [mirror] })
+        this.#error(object, `there is no volume ${mirror.volume}, which it belongs to`, this.#repair)
+        continue
+      }
+      const name = `${mirror.name} of volume ${volume.name}`
+      if (names.has(name)) this.#error(`mirror ${name}`, 'there is another one of this name')
+      names.add(name)
+      try {
+        const { map } = loadMirror(store, mirror, volume)
+        for (const change of changes.get(mirror.id) ?? []) if (isCopy(change)) map.apply(change)
+      } catch (error) {
+        this.#error(`mirror ${name}`, explain(error))
+      }
+    }
+    for (const { name, id, secondaryOf } of records) {
+      if (secondaryOf === undefined) continue
+      if (mirrors.some((mirror) => mirror.id === secondaryOf && mirror.volume === id)) continue
+      this.#error(
+        `volume ${name}`,
+        `it says that mirror ${secondaryOf} writes it, and there is no such mirror: clients can only read it`,
+      )
+    }
   }
 
   #unitsHaveSlots(tables: VolumeTables, object: string): boolean {

@@ -1,14 +1,16 @@
 import { StoreError } from '../base/errors.ts'
+import { CopyMap, copyUnitsOf } from '../metadata/copy.ts'
 import { IntentMap } from '../metadata/intents.ts'
-import type { Journal, Recovery } from '../metadata/journal.ts'
-import type { VolumeRecord } from '../metadata/records.ts'
+import { isCopy, type Journal, type Recovery } from '../metadata/journal.ts'
+import type { MirrorRecord, VolumeRecord } from '../metadata/records.ts'
 import type { TransactionalStore } from '../metadata/store.ts'
 import type { SlotAllocator } from '../stripe/allocator.ts'
 import type { Geometry } from '../stripe/geometry.ts'
+import type { StoredMirror } from './mirror-book.ts'
 import { VolumeTables } from './tables.ts'
 
 /**
- * Brings the tables of all volumes into memory: pages from LMDB, then the journal's changes over them, then the
+ * Brings the tables of all volumes and the copy maps of all mirrors into memory: pages from LMDB, then the journal's changes over them, then the
  * slots that they name are marked in the allocator. A slot that two owners name is damage, and nothing is opened.
  * The direct bits are set last: nothing keeps a formatted stripe from being written in place, unless intents are needed; then
  * all regions are cold.
@@ -28,19 +30,30 @@ export interface LoadSource {
 export function loadVolumes(
   source: LoadSource,
   allocator: SlotAllocator,
-): { readonly volumes: readonly LoadedVolume[]; readonly recovery: Recovery } {
+): {
+  readonly volumes: readonly LoadedVolume[]
+  readonly mirrors: readonly StoredMirror[]
+  readonly recovery: Recovery
+} {
   const { store, journal, geometry } = source
   const volumes = [...store.volumes()].map((record) => loadVolume(store, record, geometry))
+  const byId = new Map(volumes.map(({ record }) => [record.id, record]))
+  const mirrors = [...store.mirrors()].map((record) => loadMirror(store, record, byId.get(record.volume)))
   const byMedium = new Map(volumes.map((volume) => [volume.tables.medium, volume]))
   const recovery = journal.recover(store.checkpoint())
-  // Changes of a medium that is gone were made before its volume was deleted; the same holds for intents and their need.
+  const maps = new Map(mirrors.map(({ map }) => [map.medium, map]))
+  // Changes of a medium that is gone were made before its volume was deleted; the same holds for intents and their need, and
+  // for mirrors. No number is given twice.
   for (const change of recovery.changes) byMedium.get(change.medium)?.tables.apply(change)
-  for (const change of recovery.intents) byMedium.get(change.medium)?.intents?.apply(change)
+  for (const change of recovery.bits) {
+    if (isCopy(change)) maps.get(change.medium)?.apply(change)
+    else byMedium.get(change.medium)?.intents?.apply(change)
+  }
   for (const { record, tables, intents } of volumes) {
     claimSlots(record, tables, allocator)
     if (intents === undefined) tables.setAllDirect()
   }
-  return { volumes, recovery }
+  return { volumes, mirrors, recovery }
 }
 
 /** What LMDB holds of a volume. @throws StoreError DAMAGED */
@@ -59,6 +72,23 @@ export function loadVolume(
   for (const page of store.pages(medium, 'hot')) intents.loadPage('hot', page.index, page.bytes)
   for (const page of store.pages(medium, 'suspect')) intents.loadPage('suspect', page.index, page.bytes)
   return { record, tables, intents }
+}
+
+/** What LMDB holds of a mirror. @throws StoreError DAMAGED */
+export function loadMirror(
+  store: TransactionalStore,
+  record: MirrorRecord,
+  volume: VolumeRecord | undefined,
+): StoredMirror {
+  const { id, name, unitBytes } = record
+  const damaged = (problem: string): StoreError =>
+    new StoreError('DAMAGED', `mirror ${name} (${id}): ${problem}; run: fullstripe check POOL`)
+  if (volume === undefined) throw damaged(`there is no volume ${record.volume}, which it belongs to`)
+  if (!Number.isSafeInteger(unitBytes) || unitBytes <= 0)
+    throw damaged(`a copy unit cannot have ${unitBytes} bytes`)
+  const map = new CopyMap(id, copyUnitsOf(volume.size, unitBytes))
+  for (const page of store.pages(id, 'copy')) map.loadPage(page.index, page.bytes)
+  return { record, map }
 }
 
 /** @throws StoreError DAMAGED when a slot is outside the pool, named twice, or not of the kind it should be */

@@ -1,29 +1,32 @@
 import { assert, unreachable } from '../base/assert.ts'
 import { messageOf, StoreError } from '../base/errors.ts'
-import type { Datapath, ExportHandler, ExportId, Upcall } from '../datapath/datapath.ts'
+import type { Datapath, ExportHandler, ExportId, StatusResult, Upcall } from '../datapath/datapath.ts'
 import { CHANGE, type Change } from '../metadata/journal.ts'
 import { ERRNO_OF, NBD_ERRNO } from '../nbd/errno.ts'
 import type { IntentsTarget, VolumeIntents } from './intents.ts'
 import { Merger } from './merger.ts'
 import type { FreedRun } from './reclaimer.ts'
-import { type Part, type Request, Requests } from './requests.ts'
+import { type Entry, Overlaps } from './overlaps.ts'
+import { type Arrival, type Part, type Request, Requests } from './requests.ts'
 import { consecutive, slotRunsOf } from './runs.ts'
-import { statusOf } from './status.ts'
+import { type ExtraContext, statusOf } from './status.ts'
 import type { VolumeTables } from './tables.ts'
+import { Watchers } from './watchers.ts'
 import { type Work, Works } from './works.ts'
 
 /**
  * The policy answers the upcalls of one volume. A request is cut into one *part* for each format unit it touches;
  * a unit with something going on has a *work*, which is in one of five states:
  *
- *   announcing  the intent of its region is not durable yet (only where intents are needed, intents.ts); parts wait
+ *   preparing   the intent of its region is not durable yet (intents.ts), or a watcher has to save what is there
+ *               (watchers.ts); parts wait
  *   gathering   not formatted; the parts collected here become one full-stripe write (DESIGN invariant 2)
  *   writing     that write is under way; later parts wait
  *   sharing     formatted; any number of parts are being written in place; a release waits behind them
  *   releasing   direct bits are cleared, barrier, record, bits cleared; later parts wait
  *
  *   none -> gathering -> writing -> none        none -> sharing -> none        none -> releasing -> none
- *   none -> announcing -> none, and at once to where the waiting parts lead
+ *   none -> preparing -> none, and at once to where the waiting parts lead
  *
  * A unit without a work is written in place by the datapath alone where its direct bits are 1. Everything the
  * policy writes in place itself holds a `sharing` work. So a release excludes both: the first by clearing direct bits
@@ -33,6 +36,12 @@ import { type Work, Works } from './works.ts'
  * direct bits in the tables, then the reply. A failure before the record gives the slots back: nobody saw them.
  * Order of a release: direct bits cleared, barrier, record with init bit and slot cleared, reply; the slots
  * are handed to `freeLater`, which waits until the record is durable.
+ *
+ * Where a mirror takes part in every request (`ChangeWatcher.forward`), requests that overlap are done one after the other, and each
+ * is answered when both sides have it.
+ *
+ * `quiesce` finds a moment in which no request is under way: new ones are held, direct bits are cleared, in-place writes and
+ * requests that were begun are waited for. Reads go on.
  *
  * Once the pool takes no changes any more (`refuse`), no direct bit is set again, and what would change something is answered with EIO.
  */
@@ -68,7 +77,8 @@ const STRIPES_PER_STEP = 1024
 
 export class VolumePolicy implements ExportHandler, IntentsTarget {
   readonly #host: PolicyHost
-  readonly #volume: PolicyVolume
+  #volume: PolicyVolume
+  extraContexts: readonly ExtraContext[] = []
   #tables: VolumeTables
   #end: number // bytes; what reaches past it is refused
   #exportId: ExportId = -1
@@ -78,13 +88,22 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
   #releases: number[] = []
   #intents: VolumeIntents | undefined
   #refusing = false
+  #clientsWrite = true
   #mergesPlanned = false
+  #mergesDue = false
+  readonly #watchers = new Watchers()
+  readonly #overlaps = new Overlaps()
+  /** Requests that came while the volume is being made quiet; undefined at any other time. */
+  #held: Arrival[] | undefined
+  /** Requests that this program makes itself (`submit`). */
+  readonly #own = new Map<number, (errno: number) => void>()
 
   constructor(host: PolicyHost, volume: PolicyVolume, tables: VolumeTables) {
     this.#host = host
     this.#volume = volume
     this.#tables = tables
     this.#end = tables.size
+    tables.guardDirect((unit) => this.#mayOpen(unit))
     this.#merger = new Merger(
       host,
       {
@@ -116,7 +135,6 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
   /** Before the first session: every change is announced. */
   useIntents(intents: VolumeIntents): void {
     this.#intents = intents
-    this.#tables.requireIntents((unit) => intents.isHot(unit))
   }
 
   /** The same while clients write. Resolves when every change that was not announced is over. */
@@ -130,7 +148,6 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
   /** From now on nothing is announced. */
   releaseIntents(): void {
     this.#intents = undefined
-    this.#tables.requireIntents(undefined)
   }
 
   /**
@@ -152,36 +169,85 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
     this.#end = size
   }
 
+  /** Whether clients may change anything; where not, `submit` still does. */
+  set clientsWrite(allowed: boolean) {
+    if (this.#clientsWrite === allowed) return
+    this.#clientsWrite = allowed
+    if (!allowed) this.#tables.clearDirectUnits(0, this.#tables.unitCount)
+  }
+
+  setProvision(provision: PolicyVolume['provision']): void {
+    this.#volume = { ...this.#volume, provision }
+  }
+
+  get watchers(): Watchers {
+    return this.#watchers
+  }
+
   onUpcalls(upcalls: readonly Upcall[]): void {
     for (const upcall of upcalls) {
-      if (this.#refusing && upcall.kind !== 'sync' && upcall.kind !== 'status') {
-        this.#host.datapath.complete(upcall.id, NBD_ERRNO.EIO)
-        continue
-      }
-      if (this.#reachesPast(upcall)) {
-        // The volume shrank after the datapath had checked the range.
-        this.#host.datapath.complete(upcall.id, errnoPastEnd(upcall))
-        continue
-      }
       switch (upcall.kind) {
-        case 'write':
-          this.#write(upcall)
-          break
         case 'sync':
           this.#flushThenComplete(upcall.id)
           break
+        case 'status':
+          if (this.#reachesPast(upcall)) this.#complete(upcall.id, errnoPastEnd(upcall))
+          else this.#host.datapath.completeStatus(upcall.id, this.#statusOf(upcall))
+          break
+        case 'write':
         case 'trim':
         case 'zero':
-          this.#discard(upcall)
-          break
-        case 'status':
-          this.#host.datapath.completeStatus(upcall.id, statusOf(this.#tables, this.#volume, upcall))
+          this.#arrive(upcall)
           break
         default:
           unreachable(upcall.kind)
       }
     }
     this.#merger.start()
+  }
+
+  /**
+   * Changes the volume as a client would, also where clients may not. The payload stays unchanged until it resolves.
+   * @returns 0, or a number of the NBD errno table
+   */
+  submit(
+    kind: 'write' | 'trim' | 'zero',
+    offset: number,
+    length: number,
+    flags: number,
+    payload?: Buffer,
+  ): Promise<number> {
+    const request = payload === undefined ? { kind, offset, length } : { kind, offset, length, payload }
+    const id = this.#host.datapath.adopt(this.#exportId, request)
+    return new Promise((resolve) => {
+      this.#own.set(id, resolve)
+      this.#arrive({ id, kind, flags, offset, length, contexts: [] })
+      // Those that are made in the same turn merge.
+      if (this.#mergesDue) return
+      this.#mergesDue = true
+      queueMicrotask(() => {
+        this.#mergesDue = false
+        this.#merger.start()
+      })
+    })
+  }
+
+  /** Runs `action` while no request is under way and no write goes in place. One at a time, and never while the size changes. */
+  async quiesce<T>(action: () => T | Promise<T>): Promise<T> {
+    assert(this.#held === undefined, 'the volume is made quiet twice')
+    this.#held = []
+    try {
+      this.#tables.clearDirectUnits(0, this.#tables.unitCount)
+      await this.#host.datapath.barrier()
+      await this.#requests.quiet()
+      assert(this.areClear(0, this.#tables.unitCount), 'a direct bit was set while the volume was made quiet')
+      return await action()
+    } finally {
+      const held = this.#held
+      this.#held = undefined
+      for (const arrival of held) this.#begin(arrival)
+      this.#merger.start()
+    }
   }
 
   /**
@@ -230,14 +296,54 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
 
   /** Forgets timers; all upcalls were answered (Datapath.closeExport). */
   close(): void {
+    assert(this.#held === undefined && this.#overlaps.size === 0, 'closed with requests that wait')
     assert(this.#works.size === 0, `volume ${this.#volume.name}: closed with work under way`)
     this.#merger.close()
   }
 
   // ---- requests ----------------------------------------------------------------------------------------
 
-  #write(upcall: Upcall): void {
-    const request = this.#requests.begin(upcall)
+  /** Requests that overlap keep the order in which they come here, where somebody else does them, too. */
+  #arrive(upcall: Upcall): void {
+    this.#begin({ upcall, entry: undefined })
+  }
+
+  #begin(arrival: Arrival): void {
+    if (this.#held !== undefined) {
+      this.#held.push(arrival)
+      return
+    }
+    const { upcall } = arrival
+    let { entry } = arrival
+    if (entry === undefined && this.#watchers.forwards) {
+      const waiting: Entry = this.#overlaps.enter(upcall.offset, upcall.length, () => {
+        this.#begin({ upcall, entry: waiting })
+        this.#merger.start()
+      })
+      if (waiting.blockers > 0) return
+      entry = waiting
+    }
+    const errno = this.#objectionTo(upcall)
+    if (errno !== 0) this.#finishRequest(upcall, entry, errno)
+    else if (upcall.kind === 'write') this.#write(upcall, entry)
+    else this.#discard(upcall, entry)
+  }
+
+  #objectionTo(upcall: Upcall): number {
+    if (this.#refusing) return NBD_ERRNO.EIO
+    if (!this.#clientsWrite && !this.#own.has(upcall.id)) return NBD_ERRNO.EPERM
+    // The volume shrank after the datapath had checked the range.
+    return this.#reachesPast(upcall) ? errnoPastEnd(upcall) : 0
+  }
+
+  /** Also tells those who do it, too. */
+  #beginRequest(upcall: Upcall, entry: Entry | undefined): Request {
+    if (entry === undefined) return this.#requests.begin(upcall)
+    return this.#requests.begin(upcall, entry, this.#watchers.forward(upcall))
+  }
+
+  #write(upcall: Upcall, entry: Entry | undefined): void {
+    const request = this.#beginRequest(upcall, entry)
     const sequential = this.#merger.observe(upcall.offset, upcall.length)
     const first = this.#unitAt(upcall.offset)
     const last = this.#unitAt(upcall.offset + upcall.length - 1)
@@ -248,8 +354,7 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
   }
 
   /** Trim and write-zeroes: whole units by clearing init bits, the rest by writing zeros. */
-  #discard(upcall: Upcall): void {
-    const request = this.#requests.begin(upcall)
+  #discard(upcall: Upcall, entry: Entry | undefined): void {
     const { offset, length } = upcall
     const end = offset + length
     const unitBytes = this.#tables.unitBytes
@@ -260,9 +365,10 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
     const writes = this.#volume.fill !== 0 || (upcall.kind === 'zero' && (upcall.flags & FLAG_NO_HOLE) !== 0)
     const fast = !writes && firstWhole < endWhole
     if ((upcall.flags & FLAG_FAST_ZERO) !== 0 && !fast && this.#needsWriting(offset, end, writes)) {
-      this.#host.datapath.complete(upcall.id, NBD_ERRNO.ENOTSUP)
+      this.#finishRequest(upcall, entry, NBD_ERRNO.ENOTSUP)
       return
     }
+    const request = this.#beginRequest(upcall, entry)
     if (firstWhole >= endWhole) {
       for (let unit = this.#unitAt(offset); unit <= this.#unitAt(end - 1); unit++)
         this.#dispatchZero(request, unit, writes)
@@ -343,7 +449,19 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
       if (part.region === undefined) {
         // A work that began before intents were needed: what it does is waited for by whoever needs them.
         if (work !== undefined) work.queue.push(part)
-        else this.#announce(this.#intents, part, sequential)
+        else this.#prepare(part, sequential, this.#intents.announce(part.unit, sequential))
+        return
+      }
+    }
+    if (this.#watchers.size > 0) {
+      const wait = this.#watchers.prepare(part.unit)
+      if (wait !== undefined) {
+        if (work === undefined) {
+          this.#prepare(part, sequential, wait)
+        } else {
+          work.queue.push(part)
+          wait.catch(() => {}) // asked again, and told again, when the work ends
+        }
         return
       }
     }
@@ -380,12 +498,12 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
     }
   }
 
-  /** The part, and those for the same unit that come meanwhile, wait until the region is hot. */
-  #announce(intents: VolumeIntents, part: Part, sequential: boolean): void {
+  /** The part, and those for the same unit that come meanwhile, wait. */
+  #prepare(part: Part, sequential: boolean, ready: Promise<unknown>): void {
     const { unit } = part
-    const work = this.#works.begin(unit, 'announcing')
+    const work = this.#works.begin(unit, 'preparing')
     work.queue.push(part)
-    intents.announce(unit, sequential).then(
+    ready.then(
       () => {
         this.#finish(unit, work, sequential)
         // Those of its neighbours are about to end in the same turn, and their merges with them.
@@ -408,7 +526,12 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
 
   /** Where nothing forbids it. */
   #setDirect(unit: number): void {
-    if (!this.#refusing && this.#intents?.isHot(unit) !== false) this.#tables.setDirect(unit)
+    if (this.#mayOpen(unit)) this.#tables.setDirect(unit)
+  }
+
+  #mayOpen(unit: number): boolean {
+    if (this.#refusing || !this.#clientsWrite || this.#held !== undefined) return false
+    return this.#intents?.isHot(unit) !== false && this.#watchers.mayOpen(unit)
   }
 
   openUnits(first: number, count: number): void {
@@ -500,22 +623,45 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
     this.#works.end(unit, work)
     if (work.queue.length === 0) return
     for (const part of work.queue) this.#dispatch(part, sequential)
-    if (work.state !== 'announcing') this.#merger.start()
+    if (work.state !== 'preparing') this.#merger.start()
   }
 
   // ---- answers -------------------------------------------------------------------------------------------
 
   #answer(request: Request): void {
-    const { upcall } = request
+    const { upcall, forwarded, entry } = request
     if (upcall.id === NOBODY) return
-    if (request.errno === 0 && (upcall.flags & FLAG_FUA) !== 0) this.#flushThenComplete(upcall.id)
-    else this.#host.datapath.complete(upcall.id, request.errno)
+    if (request.errno !== 0 && forwarded.length > 0) this.#watchers.failedHere(upcall)
+    const hard = request.errno === 0 && (upcall.flags & FLAG_FUA) !== 0
+    const waits = hard ? [...forwarded, this.#host.flush()] : forwarded
+    if (waits.length === 0) {
+      this.#finishRequest(upcall, entry, request.errno)
+      return
+    }
+    Promise.all(waits).then(
+      () => this.#finishRequest(upcall, entry, request.errno),
+      (error) => this.#finishRequest(upcall, entry, this.#errnoOf(error)),
+    )
+  }
+
+  #finishRequest(upcall: Upcall, entry: Entry | undefined, errno: number): void {
+    this.#complete(upcall.id, errno)
+    if (entry !== undefined) this.#overlaps.leave(entry)
+  }
+
+  #complete(id: number, errno: number): void {
+    this.#host.datapath.complete(id, errno)
+    const own = this.#own.get(id)
+    if (own === undefined) return
+    this.#own.delete(id)
+    own(errno)
   }
 
   #flushThenComplete(id: number): void {
-    this.#host.flush().then(
-      () => this.#host.datapath.complete(id, 0),
-      (error) => this.#host.datapath.complete(id, this.#errnoOf(error)),
+    const waits = this.#watchers.size > 0 ? this.#watchers.flush() : []
+    Promise.all([this.#host.flush(), ...waits]).then(
+      () => this.#complete(id, 0),
+      (error) => this.#complete(id, this.#errnoOf(error)),
     )
   }
 
@@ -526,6 +672,10 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
   }
 
   // ---- arithmetic ----------------------------------------------------------------------------------------
+
+  #statusOf(upcall: Upcall): StatusResult[] {
+    return statusOf(this.#tables, this.#volume, upcall, this.extraContexts)
+  }
 
   get #unitsPerStep(): number {
     return Math.max(1, Math.floor(STRIPES_PER_STEP / this.#tables.formatUnit))

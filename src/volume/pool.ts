@@ -1,5 +1,6 @@
 import { randomUUID } from 'node:crypto'
 import type { Logger } from 'pino'
+import { assert } from '../base/assert.ts'
 import { messageOf, StoreError, UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
 import { Mutex } from '../base/locks.ts'
@@ -7,6 +8,7 @@ import { approximateSize } from '../base/sizes.ts'
 import { Throttle } from '../base/throttle.ts'
 import type { Datapath, StoreLayout } from '../datapath/datapath.ts'
 import { openDatapath } from '../datapath/open.ts'
+import type { CopyMap } from '../metadata/copy.ts'
 import { IntentMap } from '../metadata/intents.ts'
 import { Ledger, type PageSource } from '../metadata/ledger.ts'
 import type { PoolRecord, VolumeRecord } from '../metadata/records.ts'
@@ -14,6 +16,7 @@ import { SlotAllocator } from '../stripe/allocator.ts'
 import { chunkOffsetOf } from '../stripe/geometry.ts'
 import { HotSet, type HotSetOptions } from './hot-set.ts'
 import { newIntents, OPERATOR } from './intents.ts'
+import { MirrorBook, type StoredMirror } from './mirror-book.ts'
 import { type PoolInfo, poolInfo } from './pool-info.ts'
 import { closeParts, descriptorOf, openPoolParts, type PoolParts } from './pool-parts.ts'
 import { Reclaimer } from './reclaimer.ts'
@@ -62,6 +65,8 @@ export interface VolumeCreateOptions {
   readonly regionSize?: number // bytes; of those regions
 }
 
+type PageHolder = VolumeTables | IntentMap | CopyMap
+
 const SPACE_EVENTS_PERCENT = [80, 90, 95]
 /** Bytes that are worth a process to give them back to the file system. */
 const PUNCH_BY_PROCESS_MIN = 1 << 20
@@ -69,6 +74,7 @@ const PUNCH_BY_PROCESS_MIN = 1 << 20
 export class Pool {
   readonly directory: string
   readonly datapath: Datapath
+  readonly mirrors: MirrorBook
   readonly #parts: PoolParts
   readonly #options: PoolOptions
   readonly #allocator: SlotAllocator
@@ -93,6 +99,7 @@ export class Pool {
     record: PoolRecord,
     datapath: Datapath,
     allocator: SlotAllocator,
+    mirrors: readonly StoredMirror[],
     options: PoolOptions,
   ) {
     this.directory = parts.directory
@@ -113,6 +120,17 @@ export class Pool {
         else this.#event('error', `metadata.${kind}`, this.directory, message)
       },
     })
+    this.mirrors = new MirrorBook(
+      {
+        change: (action) => this.#change(action),
+        takeId: () => ({ id: this.#nextId++, nextId: this.#nextId }),
+        volume: (id) => this.volumes().find((volume) => volume.record.id === id),
+        record: (changes, apply) => this.#ledger.record(changes, apply),
+        commit: (commit) => this.#ledger.commit(commit),
+        checkpointWith: (prepare, undo) => this.#ledger.checkpointWith(prepare, undo),
+      },
+      mirrors,
+    )
     this.#hotSet = new HotSet(
       {
         record: (changes, apply) => this.#ledger.record(changes, apply),
@@ -178,7 +196,7 @@ export class Pool {
       const { chunkSize, dataMembers, parityMembers, dataOffset } = parts.geometry
       const memberFds = parts.members.map(descriptorOf)
       datapath = datapathOver({ memberFds, chunkSize, dataMembers, parityMembers, dataOffset })
-      pool = new Pool(parts, recovered.record, datapath, allocator, options)
+      pool = new Pool(parts, recovered.record, datapath, allocator, recovered.mirrors, options)
       for (const { record, tables, intents, suspects } of recovered.volumes) {
         const volume = pool.#add(record, tables, intents)
         if (suspects > 0) pool.#tellSuspects(volume, suspects)
@@ -294,7 +312,7 @@ export class Pool {
     })
   }
 
-  /** @throws UserError NOT_FOUND; BUSY while clients are connected, unless forced */
+  /** @throws UserError NOT_FOUND; BUSY while clients are connected, REFUSED where it has mirrors, both unless forced */
   deleteVolume(name: string, options: { force?: boolean } = {}): Promise<void> {
     return this.#change(async () => {
       const volume = this.volume(name)
@@ -305,22 +323,35 @@ export class Pool {
           `volume ${name} has ${sessions} connected client${sessions > 1 ? 's' : ''}: detach them or use --force`,
         )
       }
+      const mirrors = this.mirrors.of(volume.record.id)
+      if (mirrors.length > 0 && options.force !== true) {
+        const names = mirrors.map(({ record }) => record.name).join(', ')
+        throw new UserError(
+          'REFUSED',
+          `volume ${name} has mirrors (${names}): remove them first, or use --force, which forgets them on this side`,
+        )
+      }
       this.#volumes.delete(name) // no new client finds it
       this.#leaving.add(volume)
       await volume.close()
+      const leaving = await this.mirrors.leave(volume.record.id)
       try {
         // As part of a checkpoint, so that none that copied its pages earlier can store them after it is gone.
         await this.#ledger.checkpointWith(
           () => {
             this.#leaving.delete(volume)
-            return { dropVolumes: [volume.record] }
+            return { dropVolumes: [volume.record], ...leaving.drop() }
           },
-          () => this.#leaving.add(volume),
+          () => {
+            this.#leaving.add(volume)
+            leaving.back()
+          },
         )
       } catch (error) {
         // Still in the catalog: serve it again.
         this.#leaving.delete(volume)
         this.#add(volume.record, volume.tables, volume.intentMap).resume()
+        leaving.stay()
         throw asUserError(error, `volume ${name} was not deleted`)
       }
       // The transaction is durable and the export closed: nothing refers to these slots any more.
@@ -461,7 +492,7 @@ export class Pool {
 
   #pageSource(): PageSource {
     return {
-      // Not those of intents: marks come and go all the time, and the journal has them. They go along with a checkpoint that
+      // Not those of intents and mirrors: marks come and go all the time, and the journal has them. They go along with a checkpoint that
       // somebody else needs; one just for them would sync the members every second.
       dirtyPages: () => {
         let count = 0
@@ -470,7 +501,7 @@ export class Pool {
       },
       takeDirtyPages: () => [...this.#allPages()].flatMap((pages) => pages.takeDirtyPages()),
       returnDirtyPages: (pages) => {
-        const byMedium = new Map<number, (VolumeTables | IntentMap)[]>()
+        const byMedium = new Map<number, PageHolder[]>()
         for (const holder of this.#allPages()) {
           byMedium.set(holder.medium, [...(byMedium.get(holder.medium) ?? []), holder])
         }
@@ -481,13 +512,14 @@ export class Pool {
     }
   }
 
-  *#allPages(): Generator<VolumeTables | IntentMap> {
+  *#allPages(): Generator<PageHolder> {
     for (const volumes of [this.#volumes.values(), this.#leaving]) {
       for (const { tables, intentMap } of volumes) {
         yield tables
         if (intentMap !== undefined) yield intentMap
       }
     }
+    for (const { map } of this.mirrors.all()) yield map
   }
 
   #add(record: VolumeRecord, tables: VolumeTables, intents: IntentMap | undefined): Volume {
@@ -509,9 +541,16 @@ export class Pool {
       record: (changes, apply) => this.#ledger.record(changes, apply),
       flush: () => this.#ledger.flush(),
       hotSet: this.#hotSet,
+      resizeMaps: (size) => this.mirrors.resize(record.id, size),
       save: (changed) => this.#ledger.commit({ putVolumes: [changed] }),
       reserveRun: (count) => this.#reserve(count, `volume ${record.name}`),
       unreserveRun: (slot, count) => this.#reclaimer.freeLater([{ slot, count, owner: 'thick' }], 0),
+      unreserveUnused: (runs, tables) => {
+        for (const { slot, count } of runs) this.#allocator.unreserve(slot, count)
+        for (const { slot, count } of tables.slotRuns()) {
+          assert(this.#allocator.markUsed(slot, count, 'thin'), 'slots of a volume are taken')
+        }
+      },
       checkpointWith: (prepare, undo) => this.#ledger.checkpointWith(prepare, undo),
       event: (level, kind, object, message) => this.#event(level, kind, object, message),
       onTrouble: (code, message) => this.#trouble(record.name, code, message),

@@ -1,6 +1,7 @@
 import { assert } from '../base/assert.ts'
 import type { Upcall } from '../datapath/datapath.ts'
 import type { Region } from './hot-set.ts'
+import type { Entry } from './overlaps.ts'
 
 /** The requests that a policy has under way, each cut into parts, one a format unit. A request is answered when all its parts are done. */
 export type PartKind = 'write' | 'zero' | 'release'
@@ -10,6 +11,16 @@ export interface Request {
   readonly order: number // of arrival
   outstanding: number // parts, and one while parts are being made
   errno: number // of the first part that failed
+  /** It waits for these, too, before it is answered. */
+  readonly forwarded: readonly Promise<void>[]
+  /** Where overlapping ones keep their order. */
+  readonly entry: Entry | undefined
+}
+
+/** A request that has not begun. */
+export interface Arrival {
+  readonly upcall: Upcall
+  readonly entry: Entry | undefined
 }
 
 export interface Part {
@@ -24,13 +35,22 @@ export class Requests {
   readonly #answer: (request: Request) => void
   readonly #drained = new Map<Request, () => void>()
   #order = 0
+  #active = 0
+  readonly #quiet: (() => void)[] = []
 
   constructor(answer: (request: Request) => void) {
     this.#answer = answer
   }
 
-  begin(upcall: Upcall): Request {
-    return { upcall, order: this.#order++, outstanding: 1, errno: 0 }
+  begin(upcall: Upcall, entry?: Entry, forwarded: readonly Promise<void>[] = []): Request {
+    this.#active++
+    return { upcall, order: this.#order++, outstanding: 1, errno: 0, forwarded, entry }
+  }
+
+  /** Resolves when every request that was begun has done here what it does. No other may begin before. */
+  quiet(): Promise<void> {
+    if (this.#active === 0) return Promise.resolve()
+    return new Promise((resolve) => this.#quiet.push(resolve))
   }
 
   part(request: Request, unit: number, kind: PartKind): Part {
@@ -47,7 +67,7 @@ export class Requests {
   /** There are no more parts to come. */
   made(request: Request): void {
     request.outstanding--
-    if (request.outstanding === 0) this.#answer(request)
+    if (request.outstanding === 0) this.#end(request)
   }
 
   done(part: Part, errno: number): void {
@@ -62,7 +82,13 @@ export class Requests {
       this.#drained.delete(request)
       drained?.()
     } else if (request.outstanding === 0) {
-      this.#answer(request)
+      this.#end(request)
     }
+  }
+
+  #end(request: Request): void {
+    this.#active--
+    this.#answer(request)
+    if (this.#active === 0) for (const resolve of this.#quiet.splice(0)) resolve()
   }
 }

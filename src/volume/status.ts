@@ -56,14 +56,27 @@ export function* mapExtents(
   }
 }
 
-export function statusOf(tables: VolumeTables, volume: PolicyVolume, upcall: Upcall): StatusResult[] {
+/** A context that somebody else answers for: of a mirror, for instance. */
+export interface ExtraContext {
+  readonly id: number // on the wire; unique in the volume
+  readonly name: string
+  extents(offset: number, length: number): Iterable<StatusExtent>
+}
+
+export function statusOf(
+  tables: VolumeTables,
+  volume: PolicyVolume,
+  upcall: Upcall,
+  extra: readonly ExtraContext[],
+): StatusResult[] {
   return upcall.contexts.map((context) => {
     const extents: StatusExtent[] = []
     const most = (upcall.flags & FLAG_REQ_ONE) !== 0 ? 1 : LIMITS.blockStatusExtentsMax
     let last: { length: number; flags: number } | undefined
-    for (const extent of mapExtents(tables, upcall.offset, upcall.length)) {
-      const flags =
-        context === CONTEXTS[1].id ? (extent.formatted ? INIT_FORMATTED : 0) : allocation(extent, volume)
+    const other = extra.find(({ id }) => id === context)
+    for (const extent of other?.extents(upcall.offset, upcall.length) ??
+      ownExtents(tables, volume, upcall, context)) {
+      const { flags } = extent
       if (last !== undefined && last.flags === flags) {
         last.length += extent.length
       } else {
@@ -74,6 +87,19 @@ export function statusOf(tables: VolumeTables, volume: PolicyVolume, upcall: Upc
     }
     return { context, extents }
   })
+}
+
+function* ownExtents(
+  tables: VolumeTables,
+  volume: PolicyVolume,
+  { offset, length }: Upcall,
+  context: number,
+): Generator<StatusExtent> {
+  for (const extent of mapExtents(tables, offset, length)) {
+    const flags =
+      context === CONTEXTS[1].id ? (extent.formatted ? INIT_FORMATTED : 0) : allocation(extent, volume)
+    yield { length: extent.length, flags }
+  }
 }
 
 function allocation(extent: MapExtent, volume: PolicyVolume): number {

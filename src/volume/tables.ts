@@ -47,8 +47,8 @@ export class VolumeTables {
   #dirtyCount = 0
   #formattedUnits = 0
   #mappedStripes = 0
-  /** Where intents are needed: whether that of a unit is durable. */
-  #announced: ((unit: number) => boolean) | undefined
+  /** Whether direct bits of a unit may be 1 (DESIGN invariant 1). */
+  #mayOpen: ((unit: number) => boolean) | undefined
   /** While the datapath moves over to larger or smaller tables, every change goes to these too. */
   #follower: VolumeTables | undefined
 
@@ -145,17 +145,17 @@ export class VolumeTables {
     if (this.#follower !== undefined && unit < this.#follower.unitCount) this.#follower.setReleased(unit)
   }
 
-  /** From now on direct bits are set only where `announced` says yes; undefined: everywhere. */
-  requireIntents(announced: ((unit: number) => boolean) | undefined): void {
-    this.#announced = announced
-    this.#follower?.requireIntents(announced)
+  /** From now on direct bits are set only where `mayOpen` says yes. */
+  guardDirect(mayOpen: (unit: number) => boolean): void {
+    this.#mayOpen = mayOpen
+    this.#follower?.guardDirect(mayOpen)
   }
 
   /** From now on writes to the unit go in place (DESIGN invariant 1). */
   setDirect(unit: number): void {
     const { first, count } = this.unitStripes(unit)
     assert(this.init.get(unit), 'direct bit without init')
-    assert(this.#announced?.(unit) !== false, 'direct bit without a durable intent')
+    assert(this.#mayOpen?.(unit) !== false, 'direct bit where a write needs a decision')
     this.direct.setRange(first, first + count)
     if (this.#follower !== undefined && unit < this.#follower.unitCount) this.#follower.setDirect(unit)
   }
@@ -342,7 +342,7 @@ export class VolumeTables {
     for (let i = this.#dirtyInit.nextSet(0); i < this.#dirtyInit.length; i = this.#dirtyInit.nextSet(i + 1)) {
       if (i < next.#dirtyInit.length) next.#touch(next.#dirtyInit, i)
     }
-    next.#announced = this.#announced
+    next.#mayOpen = this.#mayOpen
     if (next.stripeCount < this.stripeCount) {
       // The stored pages at the cut hold what lies past it, too; growing again would bring it back.
       next.#touch(next.#dirtyMap, next.#dirtyMap.length - 1)

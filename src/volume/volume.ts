@@ -1,3 +1,4 @@
+import { assert } from '../base/assert.ts'
 import { StoreError, UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
 import { Mutex } from '../base/locks.ts'
@@ -11,8 +12,10 @@ import type { HotSet } from './hot-set.ts'
 import { newIntents, OPERATOR, VolumeIntents } from './intents.ts'
 import { type PolicyHost, VolumePolicy } from './policy.ts'
 import type { FreedRun } from './reclaimer.ts'
-import { CONTEXTS, type MapExtent, mapExtents } from './status.ts'
+import { Stage } from './stage.ts'
+import { CONTEXTS, type ExtraContext, type MapExtent, mapExtents } from './status.ts'
 import type { VolumeTables } from './tables.ts'
+import type { ChangeWatcher } from './watchers.ts'
 
 /**
  * What a client sees: a size, tables, a policy for the datapath's upcalls, a background formatter. Everything that is
@@ -26,9 +29,23 @@ export interface VolumeHost extends PolicyHost {
   /** A contiguous run for a thick volume. @throws StoreError NO_SPACE */
   reserveRun(count: number): number
   unreserveRun(slot: number, count: number): void
+  /** The copy maps of the volume's mirrors, in the turn of `checkpointWith`'s `prepare`. @returns takes that back */
+  resizeMaps(size: number): () => void
+  /** What `runs` reserved is reserved no more; what the tables name of it is a thin volume's from now on. */
+  unreserveUnused(runs: readonly SlotRun[], tables: VolumeTables): void
   /** Stores dirty pages and what `prepare` returns in one transaction; durable when it resolves (ledger.ts). */
   checkpointWith(prepare: () => Commit, undo: () => void): Promise<void>
   event(level: 'info' | 'warn' | 'error', kind: string, object: string, message: string): void
+}
+
+/** Slots that a caller has for itself, until it gives them back or the process ends. */
+export interface ScratchSlots {
+  readonly stripeSize: number
+  /** @throws StoreError NO_SPACE */
+  allocate(count: number): Promise<number[]>
+  free(slots: readonly number[]): void
+  write(slot: number, source: Buffer): Promise<void>
+  read(slot: number, target: Buffer): Promise<void>
 }
 
 export type { FormatterInfo } from './formatter.ts'
@@ -73,7 +90,7 @@ export class Volume {
   readonly #recording = new Mutex() // one change of the stored record at a time: the formatter makes some, too
   #closed = false
   readonly exportId: ExportId
-  readonly contexts = CONTEXTS
+  readonly #extraContexts = new Set<ExtraContext>()
   #record: VolumeRecord
   #tables: VolumeTables
   #intentMap: IntentMap | undefined
@@ -95,7 +112,7 @@ export class Volume {
         datapath: host.datapath,
         allocate: (first, count) => this.#allocate(first, count),
         unallocate: (slots) => {
-          if (record.provision === 'thin') host.unallocate(slots)
+          if (this.#record.provision === 'thin') host.unallocate(slots)
         },
         freeLater: (runs, sequence) => host.freeLater(runs, sequence),
         record: (changes, apply) => host.record(changes, apply),
@@ -116,6 +133,7 @@ export class Volume {
       this.#policy,
     )
     this.#policy.bind(this.exportId)
+    this.#policy.clientsWrite = record.secondaryOf === undefined
     if (intentMap !== undefined) {
       tables.clearDirectUnits(0, tables.unitCount) // a volume that is served again had some
       this.#intents = new VolumeIntents(host.hotSet, intentMap, this.#policy)
@@ -146,7 +164,18 @@ export class Volume {
     return this.#tables.size
   }
   get readOnly(): boolean {
-    return this.#record.readOnly || this.#failure !== undefined
+    return this.#record.readOnly || this.#failure !== undefined || this.isSecondary
+  }
+  /** Written by the primary of a mirror; clients only read. */
+  get isSecondary(): boolean {
+    return this.#record.secondaryOf !== undefined
+  }
+  get unitBytes(): number {
+    return this.#tables.unitBytes
+  }
+  /** NBD meta contexts. */
+  get contexts(): readonly { readonly id: number; readonly name: string }[] {
+    return [...CONTEXTS, ...this.#extraContexts]
   }
   get intentMap(): IntentMap | undefined {
     return this.#intentMap
@@ -229,6 +258,133 @@ export class Volume {
 
   flush(): Promise<void> {
     return this.#host.flush()
+  }
+
+  // ---- mirrors --------------------------------------------------------------------------------------------
+
+  /** From now on no change is made without it. In a moment in which the volume is quiet (`quiesce`). */
+  watch(watcher: ChangeWatcher): void {
+    this.#policy.watchers.add(watcher)
+  }
+
+  unwatch(watcher: ChangeWatcher): void {
+    this.#policy.watchers.delete(watcher)
+  }
+
+  /** Runs `action` while no request is under way and nothing is written in place: a point in time. Requests wait, reads do not. */
+  quiesce<T>(action: () => T | Promise<T>): Promise<T> {
+    return this.#change(() => this.#policy.quiesce(action))
+  }
+
+  /** Changes content as a client's request would, also where clients may not. @returns errno (NBD) */
+  submit(
+    kind: 'write' | 'trim' | 'zero',
+    offset: number,
+    length: number,
+    flags: number,
+    payload?: Buffer,
+  ): Promise<number> {
+    return this.#policy.submit(kind, offset, length, flags, payload)
+  }
+
+  /** Reads what a client would. @throws StoreError MEMBER_IO */
+  read(offset: number, target: Buffer): Promise<void> {
+    return this.#host.datapath.readRange(this.exportId, offset, target)
+  }
+
+  /** Bytes of a write under way; see `Datapath.readPayload`. */
+  readPayload(upcall: number, offset: number, target: Buffer): void {
+    this.#host.datapath.readPayload(upcall, offset, target)
+  }
+
+  /** Free slots for what nobody records. */
+  scratch(): ScratchSlots {
+    const { datapath } = this.#host
+    return {
+      stripeSize: this.#host.stripeSize,
+      allocate: (count) => this.#host.allocate(0, count),
+      free: (slots) => this.#host.unallocate(slots),
+      write: (slot, source) => datapath.writeSlot(slot, 0, source),
+      read: (slot, target) => datapath.readSlot(slot, 0, target),
+    }
+  }
+
+  /** Where the next formatted byte lies, at or after `offset`; the size where there is none. */
+  nextFormatted(offset: number): number {
+    const { init, unitBytes, unitCount, size } = this.#tables
+    const unit = Math.floor(offset / unitBytes)
+    if (unit >= unitCount) return size
+    if (init.get(unit)) return offset
+    return Math.min(size, init.nextSet(unit) * unitBytes)
+  }
+
+  /** Whether nothing in [offset, offset + length) is formatted. */
+  isHole(offset: number, length: number): boolean {
+    const { init, unitBytes } = this.#tables
+    const end = Math.min(init.length, Math.ceil((offset + length) / unitBytes))
+    const unit = Math.floor(offset / unitBytes)
+    return unit >= end || init.nextSet(unit, end) === end
+  }
+
+  /** For content that replaces that of this volume at once; for a secondary. */
+  openStage(): Stage {
+    assert(this.isSecondary && this.#record.provision === 'thin', 'a stage of a secondary')
+    return new Stage({
+      datapath: this.#host.datapath,
+      exportId: this.exportId,
+      tables: () => this.#tables,
+      allocate: (_first, count) => this.#host.allocate(_first, count),
+      unallocate: (slots) => this.#host.unallocate(slots),
+      freeLater: (runs, sequence) => this.#host.freeLater(runs, sequence),
+    })
+  }
+
+  /** A thick volume gives up what it has reserved and not used: content that arrives from elsewhere takes other slots. */
+  async becomeThin(): Promise<void> {
+    if (this.#record.provision === 'thin') return
+    await this.pauseFormatter()
+    await this.quiesce(async () => {
+      const { runs } = this.#record
+      let undo = (): void => {}
+      await this.storeWith(
+        { provision: 'thin', runs: [], formatter: { state: 'idle', rate: null } },
+        () => {
+          undo = this.#dropReserved()
+          return {}
+        },
+        () => undo(),
+      )
+      this.#host.unreserveUnused(runs, this.#tables)
+      this.#policy.setProvision('thin')
+    })
+    const text = 'it reserves nothing any more: what comes from the other side of its mirror takes slots as it comes'
+    this.#host.event('warn', 'volume.thin', this.name, text)
+  }
+
+  /** Unformatted stripes of a thick volume forget their slots. @returns takes that back */
+  #dropReserved(): () => void {
+    const tables = this.#tables
+    const dropped: SlotRun[] = []
+    for (const run of tables.slotRuns()) {
+      for (let stripe = run.stripe; stripe < run.stripe + run.count; stripe++) {
+        if (tables.init.get(tables.unitOf(stripe))) continue
+        dropped.push({ stripe, count: 1, slot: tables.slotOf(stripe) })
+      }
+    }
+    for (const { stripe } of dropped) tables.setSlots(stripe, 1, 0)
+    return () => {
+      for (const { stripe, slot } of dropped) tables.setSlots(stripe, 1, slot)
+    }
+  }
+
+  addContext(context: ExtraContext): void {
+    this.#extraContexts.add(context)
+    this.#policy.extraContexts = [...this.#extraContexts]
+  }
+
+  removeContext(context: ExtraContext): void {
+    this.#extraContexts.delete(context)
+    this.#policy.extraContexts = [...this.#extraContexts]
   }
 
   // ---- intents --------------------------------------------------------------------------------------------
@@ -371,7 +527,18 @@ export class Volume {
   }
 
   /** Grows online. A shrink throws content away, so it wants `force`. */
-  resize(size: number, options: { force?: boolean } = {}): Promise<void> {
+  async resize(size: number, options: { force?: boolean } = {}): Promise<void> {
+    const { watchers } = this.#policy
+    // Before the lock: they may have to make the volume quiet before they stop.
+    await watchers.sizeChanges()
+    try {
+      await this.#resize(size, options)
+    } finally {
+      watchers.sizeChanged()
+    }
+  }
+
+  #resize(size: number, options: { force?: boolean }): Promise<void> {
     return this.#change(async () => {
       checkVolumeSize(size, this.#host.stripeSize, `volume ${this.name}`)
       if (size === this.size) return
@@ -434,11 +601,13 @@ export class Volume {
           for (const slot of slots) await this.#host.datapath.writeSlot(slot, 0, blank)
         }
         let undoIntents = (): void => {}
+        let undoMaps = undoIntents
         await this.#store(
           { size, runs },
           (putVolumes) => {
             const next = old.resized(size)
             undoIntents = this.#intentMap?.resize(next.unitCount) ?? undoIntents
+            undoMaps = this.#host.resizeMaps(size)
             next.follow(old) // the datapath looks at the old ones until `retable`
             slots.forEach((slot, index) => {
               next.setSlots(old.stripeCount + index, 1, slot)
@@ -448,6 +617,7 @@ export class Volume {
           },
           () => {
             undoIntents()
+            undoMaps()
             this.#tables.unfollow()
             this.#adopt(old)
           },
@@ -487,10 +657,12 @@ export class Volume {
             unreserved.push({ stripe: run.stripe + keep, count: run.count - keep, slot: run.slot + keep })
         }
         let undoIntents = (): void => {}
+        let undoMaps = undoIntents
         await this.#store(
           { size, runs },
           (putVolumes) => {
             undoIntents = this.#intentMap?.resize(next.unitCount) ?? undoIntents
+            undoMaps = this.#host.resizeMaps(size)
             const cutEnd = Math.min(old.stripeCount, next.unitCount * old.formatUnit)
             for (let stripe = next.stripeCount; stripe < cutEnd; stripe++) {
               if (old.slotOf(stripe) !== 0 && this.#record.provision === 'thin') {
@@ -504,6 +676,7 @@ export class Volume {
           },
           () => {
             undoIntents()
+            undoMaps()
             next.unfollow()
             old.follow(next)
             this.#adopt(old)
@@ -563,6 +736,25 @@ export class Volume {
     })
   }
 
+  /**
+   * Changes the record in one transaction with what `prepare` returns, given the changed record, in the turn in which the dirty pages
+   * are copied. Beside administrative changes: it waits for no request.
+   * @throws UserError BUSY when the volume is closed; StoreError
+   */
+  storeWith(
+    change: Partial<VolumeRecord>,
+    prepare: (record: VolumeRecord) => Commit,
+    undo: () => void = () => {},
+  ): Promise<void> {
+    return this.#recording.run(async () => {
+      if (this.#closed) throw new UserError('BUSY', `volume ${this.name} is being closed`)
+      const record = { ...this.#record, ...change }
+      await this.#host.checkpointWith(() => ({ ...prepare(record), putVolumes: [record] }), undo)
+      this.#record = record
+      this.#policy.clientsWrite = record.secondaryOf === undefined
+    })
+  }
+
   /** `checkpointWith` for a change of the record. */
   #store(
     change: Partial<VolumeRecord>,
@@ -573,6 +765,7 @@ export class Volume {
       const record = { ...this.#record, ...change }
       await this.#host.checkpointWith(() => prepare([record]), undo)
       this.#record = record
+      this.#policy.clientsWrite = record.secondaryOf === undefined
     })
   }
 }

@@ -3,7 +3,7 @@ import type { Part } from './requests.ts'
 
 /** What goes on in one format unit; the states are drawn in policy.ts. At most one in a unit. */
 export interface Work {
-  state: 'announcing' | 'gathering' | 'writing' | 'sharing' | 'releasing'
+  state: 'preparing' | 'gathering' | 'writing' | 'sharing' | 'releasing'
   readonly parts: Part[] // gathering, writing, releasing: answered when it ends
   readonly queue: Part[] // dispatched again when it ends
   readonly waiters: (() => void)[] // told when it ends

@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest'
-import { bar, duration, pairs, percent, table, textWidth, truncate } from '../../src/cli/text.ts'
+import { bar, duration, pairs, percent, progressBar, table, textWidth, truncate } from '../../src/cli/text.ts'
 
 describe('text for terminals', () => {
   it('knows how wide characters are', () => {
@@ -31,6 +31,21 @@ describe('text for terminals', () => {
     expect(truncate('abcdef', 6)).toBe('abcdef')
     expect(truncate('abcdefg', 6)).toBe('abcde…')
     expect(truncate('数据数据', 6)).toBe('数据…')
+  })
+
+  it('counts no escape sequences, and cuts them off with the rest', () => {
+    const red = '\x1b[31mabc\x1b[0m'
+    expect(textWidth(red)).toBe(3)
+    expect(truncate(red, 3)).toBe(red)
+    expect(truncate(red, 2)).toBe('a…')
+  })
+
+  it('draws how far something is, how fast and how long it goes on', () => {
+    const progress = { done: 1, total: 4, speed: 2 ** 20, remaining: 93, state: 'running' }
+    expect(progressBar('x', progress, 45, false)).toBe('x  ###.........  25.0 %      1M/s  1m33s left')
+    expect(progressBar('x', { ...progress, remaining: null }, 40, false)).toMatch(/ {6}1M\/s$/)
+    expect(progressBar('x', { ...progress, speed: null }, 40, false)).toMatch(/ 25\.0 % {2}running$/)
+    expect(progressBar('x', { ...progress, done: 0, total: 0 }, 80, false)).toMatch(/^x {2}#{40} {7}- /)
   })
 
   it('never calls something nothing, nor almost all all', () => {

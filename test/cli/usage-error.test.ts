@@ -63,6 +63,42 @@ describe('wrong usage', () => {
       '--fill must be a whole number from 0 to 255, not "256"',
     ],
     [['volume', 'show', '..', '--pool', '/tmp'], '".." is not a volume name'],
+    [['mirror'], 'which mirror command? see: fullstripe mirror --help'],
+    [['mirror', 'add', 'x'], '2 arguments needed, not 1; see: fullstripe mirror add --help'],
+    [
+      ['mirror', 'add', 'x', 'b:1', '--interval', '5', '--pool', '/tmp'],
+      '--interval "5" is not a duration: use ms, s, m, h, d (for example 500ms, 5s or 2m)',
+    ],
+    [
+      ['mirror', 'add', 'x', 'b:1', '--on-loss', 'block', '--pool', '/tmp'],
+      '--on-loss is for --mode sync: writes never wait for an async mirror',
+    ],
+    [
+      ['mirror', 'add', 'x', 'b:1', '--mode', 'sync', '--interval', '1s', '--pool', '/tmp'],
+      '--interval is for --mode async: a sync mirror has no cycles',
+    ],
+    [
+      ['mirror', 'add', 'x', 'b:1', '--init', 'seed'],
+      '--init is one of "realized", "signature", "full", not "seed"; see: fullstripe mirror add --help',
+    ],
+    [
+      ['mirror', 'set', 'x', '--pool', '/tmp'],
+      'what is to change? give --mode, --interval, --on-loss or --rate',
+    ],
+    [['mirror', 'resolve', 'x'], '--discard must be given; see: fullstripe mirror resolve --help'],
+    [
+      ['mirror', 'wait', 'x', 'y', '--timeout', 'soon', '--pool', '/tmp'],
+      '--timeout "soon" is not a duration: use ms, s, m, h, d (for example 500ms, 5s or 2m)',
+    ],
+    [['mirror', 'show', 'x', '..', '--pool', '/tmp'], '".." is not a mirror\'s name'],
+    [
+      ['volume', 'map', 'x', '--watch', '--extents', '--pool', '/tmp'],
+      '--watch draws the whole volume: without --offset, --length and --extents',
+    ],
+    [
+      ['volume', 'map', 'x', '--watch', '--length', '1M', '--pool', '/tmp'],
+      '--watch draws the whole volume: without --offset, --length and --extents',
+    ],
     [['bench', 'x', '--block', '1000'], '--block must be a multiple of 512 up to 32M, not 1000'],
   ])('%j', async (args, message) => {
     expect(await refusal(...args)).toEqual({ code: 2, text: `fullstripe: ${message}\n` })

@@ -125,7 +125,7 @@ describe('intents on the disk', () => {
   it('refuses pages that lie outside', () => {
     const map = new IntentMap(7, 4, 400)
     expect(() => map.loadPage('hot', 1, Buffer.alloc(4, 1))).toThrow(/hot page 1 of medium 7 lies past/)
-    expect(() => map.loadPage('suspect', 0, Buffer.alloc(16, 0xff))).toThrow(/suspect region 100/)
+    expect(() => map.loadPage('suspect', 0, Buffer.alloc(16, 0xff))).toThrow(/suspect bit 100 of medium 7/)
     expect(() => map.loadPage('hot', 0, Buffer.alloc(8192))).toThrow(/lies past/)
   })
 

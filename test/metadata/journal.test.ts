@@ -61,7 +61,7 @@ function reopened(files: [JournalFile, JournalFile], bootId = BOOT): Journal {
 
 async function started(files: [JournalFile, JournalFile]): Promise<Journal> {
   const journal = reopened(files)
-  expect(journal.recover(0)).toEqual({ changes: [], intents: [], lastSequence: 0, dropped: 0 })
+  expect(journal.recover(0)).toEqual({ changes: [], bits: [], lastSequence: 0, dropped: 0 })
   await journal.start(0)
   return journal
 }
@@ -216,10 +216,27 @@ describe('journal files', () => {
     for (const file of files) file.powerCut()
     const recovered = reopened(files, REBOOT).recover(0)
     expect(recovered.changes).toEqual([change(1)])
-    expect(recovered.intents).toEqual([hot(5), { ...hot(5), op: CHANGE.cool }])
+    expect(recovered.bits).toEqual([hot(5), { ...hot(5), op: CHANGE.cool }])
     expect(recovered.dropped).toBe(1)
     // Under the same kernel everything counts.
     expect(reopened(files).recover(0).changes).toEqual([change(1), change(2)])
+  })
+
+  it('gives back copy units in order, also where no mark covers the changes next to them', async () => {
+    const files = memoryPair()
+    const journal = await started(files)
+    const copy = (op: 'copySet' | 'copyClear', first: number): Change => ({
+      op: CHANGE[op],
+      medium: 9,
+      first,
+      count: 3,
+      slot: 0,
+    })
+    const records = [copy('copySet', 5), copy('copyClear', 5), copy('copySet', 6)]
+    for (const record of records) journal.append([change(1), record])
+    await journal.sync()
+    for (const file of files) file.powerCut()
+    expect(reopened(files, REBOOT).recover(0)).toMatchObject({ changes: [], bits: records, dropped: 3 })
   })
 
   it('takes a restart for a power cut once it was told to trust the page cache no more', async () => {

@@ -223,7 +223,7 @@ describe('ledger', () => {
     await ledger.harden()
     syncMembers = async () => {}
     const recovered = openJournal(REBOOT).recover(0)
-    expect(recovered.intents).toEqual([hot])
+    expect(recovered.bits).toEqual([hot])
     expect(recovered.changes).toEqual([])
     expect(steps).toEqual([])
   })

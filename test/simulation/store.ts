@@ -1,6 +1,7 @@
 import { StoreError } from '../../src/base/errors.ts'
 import {
   METADATA_VERSION,
+  type MirrorRecord,
   type PageKind,
   type PoolRecord,
   type VolumeRecord,
@@ -21,6 +22,7 @@ interface State {
   readonly checkpoint: number
   readonly nextId: number
   readonly volumes: ReadonlyMap<number, VolumeRecord>
+  readonly mirrors: ReadonlyMap<number, MirrorRecord>
   readonly pages: ReadonlyMap<string, Buffer>
 }
 
@@ -30,7 +32,8 @@ export class StoreDisk {
   #perhaps: State | undefined
 
   constructor(pool: PoolRecord) {
-    this.#state = { pool, checkpoint: 0, nextId: 1, volumes: new Map(), pages: new Map() }
+    const none = { volumes: new Map(), mirrors: new Map(), pages: new Map() }
+    this.#state = { pool, checkpoint: 0, nextId: 1, ...none }
   }
 
   get state(): State {
@@ -79,12 +82,12 @@ export class SimStore implements TransactionalStore {
     return this.#disk.state.nextId
   }
 
-  *volumes(): Generator<VolumeRecord> {
-    const ids = [...this.#disk.state.volumes.keys()].sort((a, b) => a - b)
-    for (const id of ids) {
-      const volume = this.#disk.state.volumes.get(id)
-      if (volume !== undefined) yield volume
-    }
+  volumes(): Iterable<VolumeRecord> {
+    return byId(this.#disk.state.volumes)
+  }
+
+  mirrors(): Iterable<MirrorRecord> {
+    return byId(this.#disk.state.mirrors)
   }
 
   *pages(medium: number, kind: PageKind): Generator<{ index: number; bytes: Buffer }> {
@@ -131,13 +134,26 @@ export class SimStore implements TransactionalStore {
   async close(): Promise<void> {}
 }
 
+function byId<T>(records: ReadonlyMap<number, T>): T[] {
+  return [...records].sort(([a], [b]) => a - b).map(([, record]) => record)
+}
+
 function after(state: State, commit: Commit): State {
   const volumes = new Map(state.volumes)
+  const mirrors = new Map(state.mirrors)
   const pages = new Map(state.pages)
+  const dropPages = (medium: number): void => {
+    for (const key of pages.keys()) if (key.startsWith(`${medium} `)) pages.delete(key)
+  }
   for (const volume of commit.putVolumes ?? []) volumes.set(volume.id, structuredClone(volume))
   for (const volume of commit.dropVolumes ?? []) {
     volumes.delete(volume.id)
-    for (const key of pages.keys()) if (key.startsWith(`${volume.medium} `)) pages.delete(key)
+    dropPages(volume.medium)
+  }
+  for (const mirror of commit.putMirrors ?? []) mirrors.set(mirror.id, structuredClone(mirror))
+  for (const mirror of commit.dropMirrors ?? []) {
+    mirrors.delete(mirror.id)
+    dropPages(mirror.id)
   }
   for (const { medium, kind, index, bytes } of commit.pages ?? []) {
     const key = `${medium} ${kind} ${index}`
@@ -149,6 +165,7 @@ function after(state: State, commit: Commit): State {
     checkpoint: commit.sequence ?? state.checkpoint,
     nextId: commit.nextId ?? state.nextId,
     volumes,
+    mirrors,
     pages,
   }
 }
@@ -158,6 +175,8 @@ function shorten(commit: Commit): object {
     sequence: commit.sequence,
     put: commit.putVolumes?.map(({ name, size }) => `${name} ${size}`),
     drop: commit.dropVolumes?.map(({ name }) => name),
+    mirrors: commit.putMirrors?.map(({ id, name }) => `${id} ${name}`),
+    dropMirrors: commit.dropMirrors?.map(({ id }) => id),
     pages: commit.pages?.map(({ medium, kind, index }) => `${medium} ${kind} ${index}`),
   }
 }

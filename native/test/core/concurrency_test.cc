@@ -136,6 +136,12 @@ class Worker {
   void batch(Client& client) {
     std::map<uint64_t, size_t> sent;
     std::vector<Operation> batch;
+    // Also where a failure leaves this: others may have read what was written.
+    struct Keep {
+      History& history;
+      std::vector<Operation>& batch;
+      ~Keep() { history.add(batch); }
+    } keep{history_, batch};
     uint64_t others = 0;
     for (uint64_t left = 1 + random_.below(8); left > 0; left--) {
       const uint64_t first = random_.below(sectors_);
@@ -190,7 +196,6 @@ class Worker {
       batch[found->second].end = history_.clock++;
       batch[found->second].data = std::move(reply.data);
     }
-    history_.add(batch);
   }
 
   /// Comes, asks, and leaves before the answers, perhaps in the middle of a payload. What it wrote may happen or not.
@@ -278,6 +283,27 @@ void allAtOnce(RigOptions base, uint64_t payloadTotal) {
       while (!over.load()) worker.visit();
     });
   });
+  std::thread ranger([&] {
+    guarded([&] {
+      Random random(setting("TEST_SEED", 1));
+      const uint64_t sectors = options.size / kSector;
+      while (!over.load()) {
+        std::vector<Operation> batch;
+        std::vector<double> tags;
+        for (uint64_t left = 1 + random.below(4); left > 0; left--) {
+          const uint64_t first = random.below(sectors);
+          const uint64_t count = std::min(sectors - first, 1 + random.below(200));
+          batch.push_back({true, first, count, 0, history.clock++, kForever, Bytes(count * kSector)});
+          tags.push_back(rig.readRange(first * kSector, batch.back().data));
+        }
+        for (size_t i = 0; i < tags.size(); i++) {
+          CHECK_EQUAL(rig.result(tags[i]), 0);
+          batch[i].end = history.clock++;
+        }
+        history.add(batch);
+      }
+    });
+  });
   std::thread disturber([&] {
     guarded([&] {
       // Barriers, new tables, and times in which the policy does nothing.
@@ -299,6 +325,7 @@ void allAtOnce(RigOptions base, uint64_t payloadTotal) {
   for (std::thread& thread : threads) thread.join();
   over = true;
   leaver.join();
+  ranger.join();
   disturber.join();
   CHECK_EQUAL(broken.load(), 0);
   history.check(options.size / kSector);

@@ -201,6 +201,139 @@ void barrier(RigOptions options) {
   CHECK_EQUAL(broken.load(), 0);
 }
 
+/// Range reads of what clients wrote: whole, cut, across units that are not formatted, many at once.
+void ranges(RigOptions options) {
+  for (const uint8_t fill : {0x00, 0xa5}) {
+    options.fill = fill;
+    options.formatUnit = fill == 0 ? 1 : 2;
+    options.size = (8 << 20) - 1536;
+    Rig rig(options);
+    Bytes model(options.size, fill);
+    auto writer = rig.connect(Mode::Simple);
+    for (const uint64_t stripe : {1, 2, 5, 60, 61, 62, 63, 64, 200, 255}) {
+      const uint64_t offset = stripe * rig.stripeSize + 300;
+      const Bytes data = noise(std::min(rig.stripeSize - 700, options.size - offset), stripe);
+      CHECK_EQUAL(writer->write(offset, data), uint32_t{kOk});
+      paint(model, offset, data);
+    }
+    Random random(fill);
+    std::vector<Bytes> targets;
+    std::vector<double> tags;
+    std::vector<uint64_t> offsets;
+    targets.reserve(80);
+    for (int i = 0; i < 80; i++) {
+      offsets.push_back(i == 0 ? 0 : random.below(options.size));
+      const uint64_t most = options.size - offsets.back();
+      targets.emplace_back(i == 0 ? most : std::min(most, 1 + random.below(random.chance(50) ? 5000 : 1 << 20)));
+      tags.push_back(rig.readRange(offsets.back(), targets.back()));
+    }
+    for (int i = 0; i < 80; i++) {
+      CHECK_EQUAL(rig.result(tags[static_cast<size_t>(i)]), 0);
+      const Bytes& got = targets[static_cast<size_t>(i)];
+      CHECK(got == cut(model, offsets[static_cast<size_t>(i)], got.size()));
+    }
+  }
+}
+
+/// A barrier waits for the range reads before it, whatever they wait for, and for none behind it; so does the change to
+/// other tables, and the close of the export for all of them.
+void rangeBarrier(RigOptions options) {
+  struct Release {
+    ~Release() { holdReads(0); }
+  };
+  Rig rig(options);
+  const Release release;  // before the rig ends: its pools wait for their reads
+  auto client = rig.connect(Mode::Simple);
+  CHECK_EQUAL(client->write(0, noise(4 * rig.stripeSize, 1)), uint32_t{kOk});
+  // Enough for whatever could be done to be done.
+  auto settle = [&] {
+    for (int i = 0; i < 3; i++) CHECK(rig.done(rig.submit({4, 0})));
+  };
+  Bytes first(1111), second(2222), third(3333);
+  holdReads(first.size());
+  const double before = rig.readRange(100, first);
+  const double barrier = rig.submit({6, 0});
+  const double behind = rig.readRange(100, second);
+  CHECK_EQUAL(rig.result(behind), 0);
+  Tables tables;
+  tables.size = options.size;
+  tables.slots = rig.slots.data();
+  tables.init = rig.init.data();
+  tables.direct = rig.direct.data();
+  rig.call([&](Datapath& datapath) { datapath.retable(Rig::kExport, 1e9, tables); });
+  settle();
+  CHECK(!rig.done(barrier, 0));
+  CHECK(!rig.done(1e9, 0));
+  CHECK(!rig.done(before, 0));
+  holdReads(0);
+  CHECK_EQUAL(rig.result(before), 0);
+  CHECK(rig.done(barrier));
+  CHECK(rig.done(1e9));
+  holdReads(third.size());
+  const double later = rig.submit({6, 0});
+  const double last = rig.readRange(100, third);
+  CHECK(rig.done(later));
+  client->close();
+  CHECK(eventually([&] { return rig.endCount() == 1; }));
+  const double close = rig.submit({7, 0, Rig::kExport});
+  settle();
+  CHECK(!rig.done(close, 0));
+  CHECK_EQUAL(rig.result(rig.readRange(0, second)), ECANCELED);  // nobody is left to answer
+  holdReads(0);
+  CHECK_EQUAL(rig.result(last), 0);
+  CHECK(rig.done(close));
+  CHECK_EQUAL(rig.result(rig.readRange(0, second)), ECANCELED);
+  const Bytes all = noise(4 * rig.stripeSize, 1);
+  CHECK(first == cut(all, 100, first.size()) && third == cut(all, 100, third.size()));
+}
+
+/// Requests without a client: overlays and parts as theirs are, payloads not copied, and the export stays until they are done.
+void adopted(RigOptions options) {
+  options.fill = 0x33;
+  Rig rig(options);
+  auto client = rig.connect(Mode::Simple);
+  rig.hold(true);
+  client->send(kFlush, 0, 0, 0);  // beside an upcall of a client
+  CHECK(eventually([&] { return rig.upcallsWaiting() == 1; }));
+  const Bytes payload = noise(2 * rig.stripeSize, 7);
+  Bytes lent = payload;
+  uint32_t write = 0, zero = 0;
+  rig.call([&](Datapath& datapath) {
+    write = datapath.adopt(Rig::kExport, UpcallKind::Write, rig.stripeSize + 100, lent.size(), lent.data());
+    zero = datapath.adopt(Rig::kExport, UpcallKind::Zero, rig.stripeSize + 500, 50, nullptr);
+    CHECK(write != zero);
+    Bytes part(1000);
+    CHECK(datapath.readPayload(write, lent.size() - 1000, part.data(), 1000));
+    CHECK(part == cut(payload, payload.size() - 1000, 1000));
+    CHECK(!datapath.readPayload(write, lent.size() - 999, part.data(), 1000));
+    CHECK(!datapath.readPayload(zero, 0, part.data(), 1));
+  });
+  CHECK_EQUAL(rig.result(rig.submit({2, 0, Rig::kExport, 1, 1, 9, 0, 2, double(write), double(zero)})), 0);
+  CHECK_EQUAL(rig.result(rig.submit({3, 0, double(write), 2, 8})), 0);
+  Bytes expected(rig.stripeSize, options.fill);
+  std::copy(payload.begin(), payload.begin() + static_cast<long>(rig.stripeSize - 100), expected.begin() + 100);
+  std::fill(expected.begin() + 500, expected.begin() + 550, uint8_t{0});
+  CHECK(rig.readSlot(9) == expected);
+  CHECK(rig.readSlot(8) == cut(payload, rig.stripeSize - 100, rig.stripeSize));
+  rig.hold(false);
+  CHECK_EQUAL(client->receive().error, uint32_t{kOk});
+  const double close = rig.submit({7, 0, Rig::kExport});
+  CHECK(eventually([&] { return rig.endOf(client->session) == static_cast<int>(SessionEnd::Closed); }));
+  auto complete = [&](uint32_t index) {
+    const double words[] = {1, static_cast<double>(index), 0};
+    rig.call([&](Datapath& datapath) { datapath.submit(words, 3); });
+    lent.assign(lent.size(), 0);
+  };
+  complete(write);
+  CHECK(rig.done(rig.submit({4, 0})));
+  CHECK(!rig.done(close, 0));
+  Bytes target(100);
+  CHECK_EQUAL(rig.result(rig.readRange(0, target)), 0);  // whoever completes the other may need it
+  CHECK(target == Bytes(100, options.fill));
+  complete(zero);
+  CHECK(rig.done(close));
+}
+
 /// Closing: what is in flight is answered first, then sessions end, then the close is done.
 void closing(RigOptions options) {
   Rig rig(options);
@@ -402,6 +535,7 @@ void refusals(RigOptions options) {
 /// The end of everything with upcalls unanswered, reads in the engine, and tasks in the pools.
 void stop(RigOptions options) {
   const size_t before = openDescriptors();
+  std::vector<Bytes> ranges(6 * 32, Bytes(65536));  // outlives what is read into it
   for (int round = 0; round < 6; round++) {
     std::vector<std::unique_ptr<Client>> clients;
     Rig rig(options);
@@ -415,6 +549,12 @@ void stop(RigOptions options) {
       for (uint64_t i = 0; i < 16; i++) client->send(kRead, 0, i * 65536, 65536);
     }
     if (round % 3 == 0) CHECK(eventually([&] { return rig.upcallsWaiting() > 0 || round % 2 != 0; }));
+    Bytes* const targets = ranges.data() + round * 32;
+    for (uint64_t i = 0; i < 32; i++) rig.readRange(i * 65536, targets[i]);
+    rig.call([&](Datapath& datapath) {
+      datapath.adopt(Rig::kExport, UpcallKind::Write, 0, ranges[0].size(), ranges[0].data());
+      datapath.adopt(Rig::kExport, UpcallKind::Trim, 0, 4096, nullptr);
+    });
     rig.submit({4, 0});
     rig.submit({6, 0});
   }
@@ -490,6 +630,9 @@ constexpr Body kBodies[] = {
     {"random operations against a byte model", model, true},
     {"many requests in flight", pipeline, true},
     {"barrier and new tables", barrier, true},
+    {"range reads", ranges, true},
+    {"barriers and range reads", rangeBarrier, false},
+    {"adopted requests", adopted, false},
     {"closing with requests in flight", closing, false},
     {"hang-up in mid-payload", hangup, false},
     {"connects and disconnects", churn, true},

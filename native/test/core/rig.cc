@@ -15,16 +15,39 @@ namespace nbd::test {
 namespace {
 
 std::atomic<bool> slowReads{false};
+std::mutex heldMutex;
+std::condition_variable heldChanged;
+size_t heldSize = 0;  // under heldMutex
+
+void beforeRead(size_t size) {
+  static thread_local Random random(reinterpret_cast<uintptr_t>(&random));
+  if (slowReads.load(std::memory_order_relaxed) && random.chance(10)) {
+    std::this_thread::sleep_for(std::chrono::microseconds(random.below(5000)));
+  }
+  std::unique_lock<std::mutex> lock(heldMutex);
+  heldChanged.wait(lock, [size] { return heldSize == 0 || heldSize != size; });
+}
 
 }  // namespace
+
+void holdReads(size_t size) {
+  std::lock_guard<std::mutex> lock(heldMutex);
+  heldSize = size;
+  heldChanged.notify_all();
+}
+
 }  // namespace nbd::test
 
 ssize_t slowPread(int fd, void* data, size_t size, off_t offset) {
-  static thread_local nbd::test::Random random(reinterpret_cast<uintptr_t>(&random));
-  if (nbd::test::slowReads.load(std::memory_order_relaxed) && random.chance(10)) {
-    std::this_thread::sleep_for(std::chrono::microseconds(random.below(5000)));
-  }
+  nbd::test::beforeRead(size);
   return pread(fd, data, size, offset);
+}
+
+ssize_t slowPreadv(int fd, const iovec* parts, int count, off_t offset) {
+  size_t size = 0;
+  for (int i = 0; i < count; i++) size += parts[i].iov_len;
+  nbd::test::beforeRead(size);
+  return preadv(fd, parts, count, offset);
 }
 
 namespace nbd::test {
@@ -325,6 +348,23 @@ bool Rig::done(double tag, int seconds) {
   // The time of day: sanitizers know that wait, and not every one of them knows the one on a steady clock.
   return changed_.wait_until(lock, std::chrono::system_clock::now() + std::chrono::seconds(seconds),
                              [&] { return done_.count(tag) != 0; });
+}
+
+int Rig::result(double tag) {
+  CHECK(done(tag));
+  std::lock_guard<std::mutex> lock(mutex_);
+  const int error = done_.at(tag);
+  done_.erase(tag);
+  return error;
+}
+
+double Rig::readRange(uint64_t offset, Bytes& into) {
+  double tag = 0;
+  call([&](Datapath& datapath) {
+    tag = ++tag_;
+    datapath.readRange(tag, kExport, offset, into.data(), into.size());
+  });
+  return tag;
 }
 
 int Rig::endOf(uint32_t session) {

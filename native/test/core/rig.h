@@ -41,6 +41,9 @@ struct RigOptions {
   bool slowReads = false;  // reads of the threads engine and of the policy take a while, now and then
 };
 
+/// From now on reads of members that are `size` bytes long wait, until another size is given; 0: none.
+void holdReads(size_t size);
+
 class Client;
 
 class Rig {
@@ -56,6 +59,10 @@ class Rig {
   double submit(std::vector<double> words);
   /// Waits for a Done event; false after a while.
   bool done(double tag, int seconds = 20);
+  /// Waits for a Done event and takes it; its errno.
+  int result(double tag);
+  /// Begins a range read; `into` is its own until it is done. Returns its tag.
+  double readRange(uint64_t offset, Bytes& into);
   /// The reason a session ended with, or -1 while it goes on.
   int endOf(uint32_t session);
   size_t endCount();

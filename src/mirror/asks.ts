@@ -1,0 +1,58 @@
+import { UserError, type UserErrorCode } from '../base/errors.ts'
+import { LinkError, PeerError } from '../link/errors.ts'
+import { Fields } from '../link/hello.ts'
+import type { ChannelOffer, Session } from '../link/session.ts'
+import { CHANNELS, json } from './protocol.ts'
+
+/**
+ * Single questions between the daemons of a mirror: one channel, one request, one answer.
+ *
+ *   create   makes the volume of a mirror there, or takes the one that is there
+ *   remove   the mirror is gone here
+ *   yield    give up being primary: the changes made there since the common generation are thrown away
+ *   retry    something was settled here: try again now
+ */
+export const ASKS = ['create', 'remove', 'yield', 'retry'] as const
+export type AskKind = (typeof ASKS)[number]
+
+const USER_CODES: readonly UserErrorCode[] = ['USAGE', 'NOT_FOUND', 'EXISTS', 'BUSY', 'REFUSED', 'FAILED']
+
+/** @throws UserError with the peer's words; LinkError */
+export async function ask(session: Session, kind: AskKind, body: Record<string, unknown>): Promise<Fields> {
+  const channel = await session.open(CHANNELS.ask, { kind })
+  try {
+    const reply = await channel.request(1, json({ kind, ...body }))
+    return new Fields(reply.payload, `answer to ${kind}`)
+  } catch (error) {
+    if (!(error instanceof PeerError)) throw error
+    const code = USER_CODES.find((known) => known === error.code) ?? 'FAILED'
+    throw new UserError(code, `the peer says: ${error.message}`, { cause: error })
+  } finally {
+    channel.close()
+  }
+}
+
+/** Answers one question. `answer` @throws UserError: the peer is told */
+export function answerAsk(
+  offer: ChannelOffer,
+  answer: (kind: AskKind, body: Fields) => Promise<Record<string, unknown>>,
+): void {
+  const channel = offer.accept()
+  channel.onMessage(async (message) => {
+    const body = new Fields(message.payload, 'question')
+    const asked = body.text('kind', 1, 32)
+    const kind = ASKS.find((known) => known === asked)
+    if (message.id === 0) throw new LinkError('BAD_FRAME', 'a question wants an answer')
+    let reply: Promise<void>
+    try {
+      if (kind === undefined) throw new UserError('REFUSED', `this daemon does not know the question ${asked}`)
+      reply = channel.reply(message, 1, json(await answer(kind, body)))
+    } catch (error) {
+      if (!(error instanceof UserError)) throw error
+      reply = channel.replyError(message, error.code, error.message)
+    }
+    await reply.catch((error: unknown) => {
+      if (!(error instanceof LinkError)) throw error
+    })
+  })
+}

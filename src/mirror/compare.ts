@@ -1,0 +1,96 @@
+import { Bitmap } from '../base/bitmap.ts'
+import { LIMITS } from '../base/limits.ts'
+import type { Remote } from './remote.ts'
+import { type Range, sameSignature, signaturesOf } from './signatures.ts'
+import type { MirrorInit } from './types.ts'
+
+/**
+ * Finds the copy units that differ (DESIGN section 5, "Initialising a remote mirror"). Clients go on writing: a unit that changes while
+ * this runs is noted by the mirror's bitmap, which was watching before this began, so only what stays unchanged has to be judged right here.
+ *
+ *   realized here only    differs: sent unseen             realized there only    differs: reclaimed by a hole
+ *   on both sides         the region's signatures decide   on neither             the same
+ */
+export interface Comparison {
+  readonly remote: Pick<Remote, 'bitmap' | 'signatures'>
+  readonly init: MirrorInit
+  readonly unitBytes: number
+  readonly size: number // bytes of the volume
+  readonly blank: boolean // nothing is realized there
+  isHole(offset: number, length: number): boolean
+  /** Where the next formatted byte lies, at or after `offset`; the size where there is none. */
+  nextRealized(offset: number): number
+  read(offset: number, target: Buffer): Promise<void>
+  onProgress(done: number, total: number): void
+  onCompared(regions: number): void
+  /** @throws to end it */
+  check(): void
+}
+
+/** Regions of one question to the other side. */
+const BATCH = 32
+
+export async function compareSides(comparison: Comparison): Promise<Bitmap> {
+  const { remote, init, unitBytes, size, blank } = comparison
+  const units = Math.ceil(size / unitBytes)
+  const differing = new Bitmap(units)
+  const there = new Bitmap(units)
+  if (!blank) for await (const { first, bytes } of remote.bitmap('realized')) take(there, first, bytes)
+  const perRegion = Math.max(1, Math.floor(LIMITS.mirrorRegionBytes / unitBytes))
+  const regions: number[] = [] // to be compared; their first units
+  for (let region = 0; region < units; ) {
+    // Stretches where nothing is realized on either side cost nothing.
+    const here = Math.floor(comparison.nextRealized(region * unitBytes) / unitBytes)
+    const other = there.nextSet(region, units)
+    const next = Math.min(here, other)
+    if (next >= units) break
+    region = next - (next % perRegion)
+    const end = Math.min(units, region + perRegion)
+    let both = false
+    for (let unit = region; unit < end; unit++) {
+      const length = Math.min(unitBytes, size - unit * unitBytes)
+      const realized = !comparison.isHole(unit * unitBytes, length)
+      if (realized && there.get(unit)) both = true
+      else if (realized !== there.get(unit) && init !== 'signature') differing.set(unit)
+    }
+    if (init === 'signature' || both) {
+      if (init !== 'full') regions.push(region)
+      else for (let unit = region; unit < end; unit++) if (there.get(unit)) differing.set(unit)
+    }
+    region = end
+    if (regions.length % 1024 === 0) await breathe()
+  }
+  comparison.onProgress(0, regions.length * perRegion * unitBytes)
+  for (let at = 0; at < regions.length; at += BATCH) {
+    comparison.check()
+    const batch = regions.slice(at, at + BATCH)
+    const ranges = batch.map((unit): Range => {
+      const offset = unit * unitBytes
+      return { offset, length: Math.min(perRegion * unitBytes, size - offset) }
+    })
+    const [theirs, ours] = await Promise.all([
+      remote.signatures(ranges),
+      signaturesOf(ranges, (offset, target) => comparison.read(offset, target)),
+    ])
+    batch.forEach((first, index) => {
+      if (sameSignature(ours, theirs, index)) return
+      for (let unit = first; unit < Math.min(units, first + perRegion); unit++) {
+        const length = Math.min(unitBytes, size - unit * unitBytes)
+        if (!comparison.isHole(unit * unitBytes, length) || there.get(unit)) differing.set(unit)
+      }
+    })
+    comparison.onCompared(batch.length)
+    comparison.onProgress((at + batch.length) * perRegion * unitBytes, regions.length * perRegion * unitBytes)
+  }
+  return differing
+}
+
+function take(bitmap: Bitmap, first: number, bytes: Buffer): void {
+  for (let bit = 0; bit < bytes.length * 8; bit++) {
+    if (((bytes[bit >> 3] ?? 0) >> (bit & 7)) % 2 === 1 && first + bit < bitmap.length) bitmap.set(first + bit)
+  }
+}
+
+function breathe(): Promise<void> {
+  return new Promise((resolve) => setImmediate(resolve))
+}

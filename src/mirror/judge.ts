@@ -1,0 +1,46 @@
+import type { GenerationRecord, MirrorRecord } from '../metadata/records.ts'
+import type { RemoteHello } from './remote.ts'
+import type { MirrorInit } from './types.ts'
+
+/**
+ * What a primary makes of the other side's hello, by generation ids (as DRBD does). `base` is the generation that its copy bitmap counts
+ * from: content that both sides had.
+ *
+ *   the other is primary, too                    splitbrain
+ *   it was never consistent                      go on with the bitmap where that is of this very copy, else compare
+ *   its generation is our base                   resume: the bitmap, and what it says of itself, is all that differs
+ *   its generation is an older one of ours       compare: it missed a change of roles
+ *   anything else                                splitbrain: it has content that this side knows nothing of
+ */
+export type Verdict =
+  | { readonly kind: 'resume' }
+  | { readonly kind: 'compare'; readonly init: MirrorInit; readonly reason: string }
+  | { readonly kind: 'splitbrain'; readonly reason: string }
+
+export function judge(record: MirrorRecord, own: GenerationRecord, hello: RemoteHello): Verdict {
+  const { clean, base, cycle } = record
+  if (hello.role === 'primary') {
+    return { kind: 'splitbrain', reason: 'both sides are primary: settle it with `mirror resolve --discard local|remote`' }
+  }
+  if (!clean) return { kind: 'compare', init: record.init, reason: 'the sides were not compared yet' }
+  if (hello.cycle < cycle) {
+    const reason = `the peer is at cycle ${hello.cycle} and was at ${cycle}: it was set back, so both sides are compared`
+    return { kind: 'compare', init: safe(record.init), reason }
+  }
+  if (!hello.consistent) return { kind: 'resume' }
+  const theirs = hello.generation?.current
+  if (theirs === base) return { kind: 'resume' }
+  if (theirs === own.current || (theirs !== undefined && own.history.includes(theirs))) {
+    const reason = 'the peer has content of an earlier generation, so both sides are compared'
+    return { kind: 'compare', init: safe(record.init), reason }
+  }
+  return {
+    kind: 'splitbrain',
+    reason: `the peer has generation ${theirs ?? 'none'}, which this side does not know: settle it with \`mirror resolve --discard local|remote\``,
+  }
+}
+
+/** Where content is on both sides, what is the same need not travel again. */
+function safe(init: MirrorInit): MirrorInit {
+  return init === 'full' ? 'realized' : init
+}

@@ -1,0 +1,265 @@
+import { assert } from '../base/assert.ts'
+import { LIMITS } from '../base/limits.ts'
+import type { Channel, Message } from '../link/channel.ts'
+import { LinkError, PeerError } from '../link/errors.ts'
+import type { Session } from '../link/session.ts'
+import { NBD_ERRNO } from '../nbd/errno.ts'
+import {
+  CHANNELS,
+  encodeOperations,
+  encodeRanges,
+  json,
+  MESSAGE,
+  NO_MORE,
+  type OperationHead,
+  putHeader,
+  readEnds,
+  readPage,
+  readRemoteHello,
+} from './protocol.ts'
+import {
+  type BitmapKind,
+  type BitmapPage,
+  type CommitInfo,
+  type PrimaryHello,
+  type Remote,
+  RemoteError,
+  type RemoteHello,
+  type RemoteOperation,
+} from './remote.ts'
+
+/**
+ * A secondary behind a link. Operations of one turn travel together; they wait here, not copied, while the channel has no room.
+ */
+interface Waiting {
+  readonly head: OperationHead
+  readonly operation: RemoteOperation
+  readonly from: number // in the operation
+}
+
+interface Under {
+  pieces: number // that have not ended
+  errno: number
+  readonly resolve: () => void
+  readonly reject: (error: RemoteError) => void
+}
+
+/** A write larger than this travels in pieces. */
+const PIECE_BYTES = 256 * 1024
+const BATCH_BYTES = LIMITS.linkPayloadMax - 16 * 1024
+const BATCH_COUNT = 512
+
+export class LinkRemote implements Remote {
+  readonly ended: Promise<RemoteError>
+  readonly #session: Session
+  readonly #control: Channel
+  readonly #data: Channel
+  readonly #waiting: Waiting[] = []
+  readonly #under = new Map<number, Under>()
+  #lastId = 0
+  #sending = false
+  #over: RemoteError | undefined
+  readonly #wireBefore: number
+
+  /** @throws RemoteError */
+  static async open(session: Session, relation: string): Promise<LinkRemote> {
+    const params = { relation }
+    try {
+      const control = await session.open(CHANNELS.control, params)
+      const data = await session.open(CHANNELS.data, params, {
+        bulk: true,
+        ordered: false,
+        window: LIMITS.mirrorDataWindow,
+      })
+      return new LinkRemote(session, control, data)
+    } catch (error) {
+      throw remoteError(error)
+    }
+  }
+
+  private constructor(session: Session, control: Channel, data: Channel) {
+    this.#session = session
+    this.#control = control
+    this.#data = data
+    this.#wireBefore = session.counters().bytesOut
+    control.onMessage((message) => this.#take(message))
+    data.onMessage(() => {
+      throw new LinkError('BAD_FRAME', 'a secondary sends replies only')
+    })
+    this.ended = Promise.race([control.ended, data.ended]).then((reason) => {
+      this.#over = remoteError(reason)
+      control.close(reason.message)
+      data.close(reason.message)
+      const all = [...this.#under.values()]
+      this.#under.clear()
+      this.#waiting.length = 0
+      for (const { reject } of all) reject(this.#over)
+      return this.#over
+    })
+  }
+
+  async hello(hello: PrimaryHello): Promise<RemoteHello> {
+    return readRemoteHello((await this.#ask(this.#control, MESSAGE.hello, json(hello))).payload)
+  }
+
+  async *bitmap(kind: BitmapKind): AsyncGenerator<BitmapPage> {
+    for (let from = 0; from !== NO_MORE; ) {
+      const reply = await this.#ask(this.#data, MESSAGE.bitmap, json({ kind, from }))
+      const { first, next, bytes } = readPage(reply.payload)
+      if (bytes.length > 0) yield { first, bytes }
+      if (next <= from) throw new RemoteError('lost', 'a bitmap of the peer does not end')
+      from = next
+    }
+  }
+
+  async signatures(ranges: readonly { offset: number; length: number }[]): Promise<Buffer> {
+    return (await this.#ask(this.#data, MESSAGE.signatures, encodeRanges(ranges))).payload
+  }
+
+  async put(offset: number, payload: Buffer): Promise<void> {
+    const most = LIMITS.mirrorPieceBytes
+    const length = payload.length
+    const pieces: Promise<unknown>[] = []
+    for (let from = 0; from < length; from += most) {
+      const data = payload.subarray(from, Math.min(length, from + most))
+      const header = putHeader({ offset: offset + from, unit: offset, length })
+      pieces.push(this.#ask(this.#data, MESSAGE.put, [header, data]))
+    }
+    await allOf(pieces)
+  }
+
+  async hole(offset: number, length: number): Promise<void> {
+    await this.#ask(this.#data, MESSAGE.hole, encodeRanges([{ offset, length }]))
+  }
+
+  async commit(info: CommitInfo): Promise<void> {
+    await this.#ask(this.#control, MESSAGE.commit, json(info))
+  }
+
+  async handOver(info: CommitInfo): Promise<void> {
+    await this.#ask(this.#control, MESSAGE.handOver, json(info))
+  }
+
+  async flush(): Promise<void> {
+    await this.#ask(this.#control, MESSAGE.flush, json({}))
+  }
+
+  tell(state: string): void {
+    if (this.#over === undefined) this.#control.send(MESSAGE.state, json({ state })).catch(() => {})
+  }
+
+  wireBytes(): number {
+    return this.#session.counters().bytesOut - this.#wireBefore
+  }
+
+  close(reason: string): void {
+    this.#control.close(reason)
+    this.#data.close(reason)
+  }
+
+  apply(operation: RemoteOperation): Promise<void> {
+    if (this.#over !== undefined) return Promise.reject(this.#over)
+    const { kind, offset, length, flags } = operation
+    const size = kind === 'write' ? Math.min(length, PIECE_BYTES) : length
+    return new Promise((resolve, reject) => {
+      const under: Under = { pieces: 0, errno: 0, resolve, reject }
+      for (let from = 0; from < length; from += size) {
+        this.#lastId = (this.#lastId + 1) >>> 0
+        const piece = Math.min(size, length - from)
+        const head = { id: this.#lastId, kind, flags, offset: offset + from, length: piece }
+        assert(!this.#under.has(head.id), 'numbers of operations')
+        this.#under.set(head.id, under)
+        under.pieces++
+        this.#waiting.push({ head, operation, from })
+      }
+      if (this.#sending) return
+      this.#sending = true
+      queueMicrotask(() => this.#send())
+    })
+  }
+
+  abandon(): void {
+    for (const { head } of this.#waiting.splice(0)) {
+      const under = this.#under.get(head.id)
+      this.#under.delete(head.id)
+      under?.reject(new RemoteError('lost', 'it was not sent any more'))
+    }
+  }
+
+  /** As many as there are and fit, in one message after the other. */
+  async #send(): Promise<void> {
+    try {
+      while (this.#waiting.length > 0 && this.#over === undefined) {
+        const batch: Waiting[] = []
+        let bytes = 0
+        for (const next of this.#waiting) {
+          const own = next.head.kind === 'write' ? next.head.length : 0
+          if (batch.length > 0 && (bytes + own > BATCH_BYTES || batch.length === BATCH_COUNT)) break
+          batch.push(next)
+          bytes += own
+        }
+        this.#waiting.splice(0, batch.length)
+        const payload = Buffer.allocUnsafe(bytes)
+        let at = 0
+        for (const { head, operation, from } of batch) {
+          if (head.kind !== 'write') continue
+          operation.payload(from, payload.subarray(at, at + head.length))
+          at += head.length
+        }
+        const heads = encodeOperations(batch.map(({ head }) => head))
+        await this.#control.send(MESSAGE.operations, [heads, payload])
+      }
+    } catch (error) {
+      if (!(error instanceof LinkError)) throw error // `ended` has it, too
+    } finally {
+      this.#sending = false
+    }
+  }
+
+  #take({ type, payload }: Message): void {
+    if (type !== MESSAGE.ends) throw new LinkError('BAD_FRAME', `a secondary does not send messages of type ${type}`)
+    for (const { id, errno } of readEnds(payload)) {
+      const under = this.#under.get(id)
+      if (under === undefined) throw new LinkError('BAD_FRAME', `operation ${id} ends, and was not begun`)
+      this.#under.delete(id)
+      under.pieces--
+      if (errno !== 0) under.errno = errno
+      if (under.pieces > 0) continue
+      if (under.errno === 0) under.resolve()
+      else under.reject(new RemoteError('refused', `the peer's volume answers with ${errnoName(under.errno)}`))
+    }
+  }
+
+  async #ask(channel: Channel, type: number, payload: Buffer | readonly Buffer[]): Promise<Message> {
+    if (this.#over !== undefined) throw this.#over
+    try {
+      return await channel.request(type, payload)
+    } catch (error) {
+      throw remoteError(error)
+    }
+  }
+}
+
+function errnoName(errno: number): string {
+  return Object.entries(NBD_ERRNO).find(([, value]) => value === errno)?.[0] ?? `error ${errno}`
+}
+
+/** Waits for all, also where one fails: the payload is in use until then. */
+export async function allOf(promises: readonly Promise<unknown>[]): Promise<void> {
+  const results = await Promise.allSettled(promises)
+  for (const result of results) if (result.status === 'rejected') throw result.reason
+}
+
+/** @throws anything that is no end of a link or an answer of the peer */
+export function remoteError(error: unknown): RemoteError {
+  if (error instanceof RemoteError) return error
+  if (error instanceof PeerError) {
+    const fate = error.code === 'SPLITBRAIN' ? 'splitbrain' : 'refused'
+    return new RemoteError(fate, error.message, { cause: error })
+  }
+  if (error instanceof LinkError) {
+    const fate = error.code === 'CHANNEL_REFUSED' ? 'refused' : 'lost'
+    return new RemoteError(fate, error.message, { cause: error })
+  }
+  throw error
+}

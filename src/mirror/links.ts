@@ -1,0 +1,166 @@
+import { join } from 'node:path'
+import { UserError } from '../base/errors.ts'
+import { LIMITS } from '../base/limits.ts'
+import { formatLinkAddress, parseLinkAddress } from '../link/address.ts'
+import { LinkClient } from '../link/client.ts'
+import { LinkError } from '../link/errors.ts'
+import { openIdentity } from '../link/identity.ts'
+import type { LinkLog, LinkOptions } from '../link/options.ts'
+import { FilePeers } from '../link/peers.ts'
+import { openSecurity, type SecurityOptions } from '../link/security.ts'
+import { LinkServer } from '../link/server.ts'
+import type { Session } from '../link/session.ts'
+
+/**
+ * The links of one daemon to others: who it is (POOL/identity), whom it knows (POOL/peers.json), where it listens, and one client
+ * for each address that a mirror dials. Sessions that stand are handed out, whoever dialled.
+ */
+export interface LinksOptions {
+  readonly directory: string // of the pool
+  readonly name: string // of this daemon, for its peers
+  readonly listen: string | undefined // HOST:PORT
+  readonly security: SecurityOptions
+  readonly software: string
+  readonly log: LinkLog
+  /** TCP connections of a session that this side dials. */
+  readonly connections?: number
+  /** @param address that this side dialled; undefined: the peer did */
+  onSession(session: Session, address: string | undefined): void
+}
+
+interface Dialled {
+  readonly client: LinkClient
+  users: number
+  readonly waiting: Set<(outcome: Session | LinkError) => void>
+}
+
+const PURPOSE = 'mirror'
+
+export class Links {
+  readonly #options: LinksOptions
+  readonly #link: LinkOptions
+  readonly #dialled = new Map<string, Dialled>()
+  #server: LinkServer | undefined
+
+  /** @throws UserError what is wrong with keys, certificates, or the address */
+  static async open(options: LinksOptions): Promise<Links> {
+    const { directory, name, software, log } = options
+    const link: LinkOptions = {
+      identity: await openIdentity(join(directory, 'identity')),
+      name,
+      software,
+      security: await openSecurity(options.security),
+      peers: await FilePeers.open(join(directory, 'peers.json')),
+      capabilities: [{ name: 'mirror-1', required: true }],
+      log,
+    }
+    return new Links(options, link)
+  }
+
+  private constructor(options: LinksOptions, link: LinkOptions) {
+    this.#options = options
+    this.#link = link
+  }
+
+  get fingerprint(): string {
+    return this.#link.identity.fingerprint
+  }
+
+  /** HOST:PORT as bound. */
+  get listening(): string | undefined {
+    return this.#server === undefined ? undefined : formatLinkAddress(this.#server.address)
+  }
+
+  /** Takes peers from now on. @throws UserError */
+  async listen(): Promise<void> {
+    const { listen } = this.#options
+    if (listen === undefined) return
+    const { host, port } = parseLinkAddress(listen, 'link', 0)
+    try {
+      this.#server = await LinkServer.listen({
+        ...this.#link,
+        host,
+        port,
+        onSession: (session) => this.#options.onSession(session, undefined),
+      })
+    } catch (error) {
+      if (!(error instanceof LinkError)) throw error
+      throw new UserError('FAILED', `cannot listen for peers on ${listen}: ${error.message}`, { cause: error })
+    }
+  }
+
+  /** Keeps a session with that address for as long as somebody wants one; each `dial` is undone by one `release`. */
+  dial(address: string): void {
+    const known = this.#dialled.get(address)
+    if (known !== undefined) {
+      known.users++
+      return
+    }
+    const { host, port } = parseLinkAddress(address, 'the peer')
+    const waiting: Dialled['waiting'] = new Set()
+    const tell = (outcome: Session | LinkError): void => {
+      for (const each of [...waiting]) each(outcome)
+    }
+    const client = LinkClient.connect({
+      ...this.#link,
+      host,
+      port,
+      peerName: address,
+      purpose: PURPOSE,
+      connections: this.#options.connections ?? 2,
+      retryMs: { min: LIMITS.linkRetryMsMin, max: 5_000 },
+      onSession: (session) => {
+        this.#options.onSession(session, address)
+        // In a turn of its own: asking for channels comes after the session has started.
+        setImmediate(() => tell(session))
+      },
+      onLost: (reason) => tell(reason),
+      onRefused: (reason) => tell(reason),
+    })
+    this.#dialled.set(address, { client, users: 1, waiting })
+  }
+
+  async release(address: string): Promise<void> {
+    const dialled = this.#dialled.get(address)
+    if (dialled === undefined) return
+    dialled.users--
+    if (dialled.users > 0) return
+    this.#dialled.delete(address)
+    await dialled.client.close('nobody needs it any more')
+  }
+
+  /** Does not wait for the next attempt. */
+  retry(address: string): void {
+    this.#dialled.get(address)?.client.retryNow()
+  }
+
+  /** The session with an address that is dialled, now or as soon as one attempt has ended. @throws UserError FAILED why there is none */
+  session(address: string): Promise<Session> {
+    const dialled = this.#dialled.get(address)
+    if (dialled === undefined) throw new UserError('FAILED', `${address} is not connected to`)
+    const { client } = dialled
+    const standing = client.session
+    if (client.state === 'connected' && standing !== undefined && standing.endReason === undefined) {
+      return Promise.resolve(standing)
+    }
+    client.retryNow()
+    return new Promise((resolve, reject) => {
+      const settle = (outcome: Session | LinkError): void => {
+        dialled.waiting.delete(settle)
+        if (outcome instanceof LinkError) {
+          const text = `cannot reach the peer ${address}: ${outcome.message}`
+          reject(new UserError('FAILED', text, { cause: outcome }))
+        } else {
+          resolve(outcome)
+        }
+      }
+      dialled.waiting.add(settle)
+    })
+  }
+
+  async close(): Promise<void> {
+    const clients = [...this.#dialled.values()].map(({ client }) => client)
+    this.#dialled.clear()
+    await Promise.all([this.#server?.close(), ...clients.map((client) => client.close())])
+  }
+}

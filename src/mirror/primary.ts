@@ -1,0 +1,728 @@
+import { assert } from '../base/assert.ts'
+import { messageOf, StoreError, UserError } from '../base/errors.ts'
+import { LIMITS } from '../base/limits.ts'
+import type { Upcall } from '../datapath/datapath.ts'
+import { RateLimit } from '../link/rate-limit.ts'
+import type { GenerationRecord, MirrorRecord } from '../metadata/records.ts'
+import type { MirrorBook, StoredMirror } from '../volume/mirror-book.ts'
+import type { Volume } from '../volume/volume.ts'
+import type { ChangeWatcher } from '../volume/watchers.ts'
+import { compareSides } from './compare.ts'
+import { CopyBits } from './copy-bits.ts'
+import { Counters, Speed } from './counters.ts'
+import { Forwarder } from './forwarder.ts'
+import { judge } from './judge.ts'
+import { type CommitInfo, type PrimaryHello, type Remote, RemoteError, type RemoteHello } from './remote.ts'
+import { Saves } from './saves.ts'
+import { Sender } from './sender.ts'
+import { type MirrorState, MirrorStates } from './state.ts'
+import type { MirrorLag, MirrorProgress, VerifyResult } from './types.ts'
+
+/**
+ * The primary's side of a mirror: notes every change of the volume, and brings it to the secondary.
+ *
+ * A session (`attach`) runs: hello, comparison where the bitmap says nothing, initial copy in passes, then cycles (async), or
+ * cycles until little is left and after that every request to both sides (sync). Whatever ends it, changes are noted from the same turn on.
+ *
+ * Crash rules:
+ *  1. A unit that the secondary may lack has its bit on the disk, or lies in a region whose intent is (intents.ts): the bit is recorded with
+ *     the change, and the region cools later than that.
+ *  2. A bit is cleared on the disk after the secondary has committed durably.
+ *  3. Requests that were forwarded and not answered when the session ended count as changed on this side, in the turn of its end.
+ */
+export interface PrimaryHost {
+  readonly volume: Volume
+  readonly book: MirrorBook
+  readonly stored: StoredMirror
+  onState(state: MirrorState, before: MirrorState, reason: string | null): void
+  onTrouble(kind: string, message: string): void
+}
+
+/** Why a session's run is interrupted from this side. */
+class Interrupted extends Error {
+  override readonly name = 'Interrupted'
+}
+
+/** Passes over what changed meanwhile, before the last step of an initial copy and of a resync. */
+const PASSES_MAX = 6
+/** A pass that leaves less than this is the last. */
+const LITTLE_UNITS_BYTES = 16 << 20
+
+export class Primary implements ChangeWatcher {
+  readonly #host: PrimaryHost
+  readonly states: MirrorStates
+  readonly counters = new Counters()
+  readonly bits: CopyBits
+  readonly #limit: RateLimit
+  readonly #saves: Saves
+  readonly #forwarder: Forwarder
+  #sender: Sender | undefined
+  #remote: Remote | undefined
+  #hello: RemoteHello | undefined
+  #wireBytes = 0 // of earlier sessions
+  #run: Promise<void> = Promise.resolve()
+  #wake: (() => void) | undefined
+  #interrupt: string | undefined
+  #retryMs: number = LIMITS.mirrorRetryMsMin
+  #stageToken = ''
+  #closed = false
+  #suspended = false // nothing is done with the session for now
+  #parked = true
+  #parkWaiters: (() => void)[] = []
+  #refusal: RemoteError | undefined // of a request that went to both sides
+
+  #closedAt = 0 // of the last cycle that began, performance.now()
+  #imageAt: number | undefined // of the secondary's content
+  #behindSince: number | undefined // when the first change came that the secondary lacks
+  #progress: { what: MirrorProgress['what']; total: number; speed: Speed; from: number } | undefined
+
+  constructor(host: PrimaryHost) {
+    this.#host = host
+    const { record, map } = host.stored
+    this.bits = new CopyBits(map.unitCount)
+    this.bits.changeAll(map.bits)
+    this.states = new MirrorStates(record.paused ? 'paused' : 'connecting', (state, before, reason) => {
+      host.onState(state, before, reason)
+      this.#remote?.tell(state)
+    })
+    this.#limit = new RateLimit(record.rate ?? undefined)
+    this.#saves = new Saves(host.volume.scratch())
+    this.#forwarder = new Forwarder(host.volume, {
+      changed: (offset, length) => this.#changedRange(offset, length),
+      refused: (reason) => this.#remoteRefused(reason),
+    })
+    if (this.bits.total > 0) this.#behindSince = performance.now()
+  }
+
+  get record(): MirrorRecord {
+    return this.#host.stored.record
+  }
+  get connected(): boolean {
+    return this.#remote !== undefined
+  }
+  get remote(): Remote | undefined {
+    return this.#remote
+  }
+  get hello(): RemoteHello | undefined {
+    return this.#hello
+  }
+
+  // ---- what the volume asks (ChangeWatcher)
+
+  prepare(unit: number): Promise<void> | undefined {
+    const copyUnit = this.#unitOf(unit)
+    const wait = this.#sender?.hold(copyUnit)
+    if (wait !== undefined) return wait
+    // In step with the secondary nothing is lacking: the request itself travels.
+    if (!this.#forwarder.following) this.#change(copyUnit)
+    return undefined
+  }
+
+  mayOpen(unit: number): boolean {
+    if (this.forwards) return false
+    const copyUnit = this.#unitOf(unit)
+    return this.bits.isCurrent(copyUnit) && (this.#sender === undefined || !this.bits.isSending(copyUnit))
+  }
+
+  get forwards(): boolean {
+    return this.#forwarder.following || this.#blocks
+  }
+
+  forward(upcall: Upcall): Promise<void> | undefined {
+    return this.#forwarder.following || this.#blocks ? this.#forwarder.forward(upcall) : undefined
+  }
+
+  failedHere({ offset, length }: Upcall): void {
+    this.#changedRange(offset, length)
+  }
+
+  flush(): Promise<void> | undefined {
+    return this.#forwarder.following || this.#blocks ? this.#forwarder.flush() : undefined
+  }
+
+  /** Answers wait for the secondary also while it is away. */
+  get #blocks(): boolean {
+    const { mode, onLoss, initialized, paused } = this.record
+    return mode === 'sync' && onLoss === 'block' && initialized && !paused && !this.#closed
+  }
+
+  // ---- sessions
+
+  /** A session with the secondary; an earlier one is over. */
+  attach(remote: Remote): void {
+    this.#remote?.close('another session takes its place')
+    const before = this.#run
+    this.#remote = remote
+    this.#interrupt = undefined
+    this.#retryMs = LIMITS.mirrorRetryMsMin
+    const run = async (): Promise<void> => {
+      await before
+      if (this.#remote !== remote) return
+      this.#parked = false
+      await this.#session(remote)
+    }
+    this.#run = run()
+    remote.ended.then((reason) => this.#lost(remote, reason))
+  }
+
+  /** Goes on with the session in another way (mode, pause, role): what is under way is broken off, and noted. */
+  #again(reason: string): void {
+    this.#interrupt = reason
+    this.#sender?.stop(new Interrupted(reason))
+    this.#wake?.()
+  }
+
+  async pause(): Promise<void> {
+    await this.#save({ paused: true })
+    await this.#halt('paused')
+    this.#enter('paused')
+  }
+
+  async resume(): Promise<void> {
+    await this.#save({ paused: false })
+    if (this.states.state !== 'paused') return
+    this.#enter(this.#idleState())
+    this.#again('resumed')
+  }
+
+  async change(change: Partial<Pick<MirrorRecord, 'mode' | 'intervalMs' | 'onLoss' | 'rate'>>): Promise<void> {
+    const { mode, onLoss } = this.record
+    await this.#save(change)
+    if (change.rate !== undefined) this.#limit.set(change.rate ?? undefined)
+    if (!this.#blocks) this.#forwarder.unblock()
+    if ((change.mode ?? mode) !== mode || (change.onLoss ?? onLoss) !== onLoss) {
+      this.#stopFollowing()
+      this.#again('the mirror was changed')
+    } else {
+      this.#wake?.()
+    }
+  }
+
+  /** The other side does not take part, for the reason given. */
+  refused(reason: string, split = false): void {
+    if (this.#remote !== undefined) {
+      this.#refusal = new RemoteError(split ? 'splitbrain' : 'refused', reason)
+      this.#sender?.stop(this.#refusal)
+      this.#wake?.()
+    } else if (this.states.state !== 'paused') {
+      this.#enter(split ? 'splitbrain' : this.#idleState(), reason)
+    }
+  }
+
+  /** Something was settled: goes on at once. */
+  retry(): void {
+    this.#retryMs = LIMITS.mirrorRetryMsMin
+    this.#again('another attempt was asked for')
+  }
+
+  /** The session's run does nothing from here on. */
+  async stop(reason: string): Promise<void> {
+    this.#suspended = true
+    await this.#halt(reason)
+  }
+
+  /** No session any more; changes are still noted, until the pool is closed. */
+  async disconnect(reason: string): Promise<void> {
+    // In this order: whoever waits for the secondary did not get what it was promised.
+    this.#closed = true
+    this.#forwarder.stop(this.record.onLoss === 'block')
+    this.#forwarder.unblock(new StoreError('SHUTTING_DOWN', `the secondary does not have it: ${reason}`))
+    this.#again(reason)
+    this.#remote?.close(reason)
+    await this.#run
+  }
+
+  /** The end of the mirror: changes are noted no longer. */
+  async close(reason: string): Promise<void> {
+    this.#host.volume.unwatch(this)
+    this.#closed = true
+    this.#stopFollowing()
+    this.#forwarder.unblock()
+    this.#again(reason)
+    this.#remote?.close(reason)
+    await this.#run
+  }
+
+  #lost(remote: Remote, reason: RemoteError): void {
+    if (this.#remote !== remote) return
+    this.#wireBytes += remote.wireBytes()
+    this.#remote = undefined
+    this.#hello = undefined
+    this.#stopFollowing()
+    this.#sender?.stop(reason)
+    this.#wake?.()
+    if (this.states.state !== 'paused' && this.states.state !== 'splitbrain' && !this.#closed) {
+      this.#enter(this.#idleState(), reason.message)
+    }
+  }
+
+  #idleState(): 'degraded' | 'connecting' {
+    return this.record.initialized ? 'degraded' : 'connecting'
+  }
+
+  async #session(remote: Remote): Promise<void> {
+    while (this.#remote === remote && !this.#closed) {
+      this.#interrupt = undefined
+      try {
+        if (this.record.paused || this.#suspended) await this.#rest()
+        else await this.#work(remote)
+      } catch (error) {
+        if (error instanceof Interrupted) continue
+        const reason = messageOf(error)
+        if (error instanceof RemoteError) {
+          if (error.fate === 'lost') break
+          if (error.fate === 'splitbrain') this.#enter('splitbrain', reason)
+          else this.#enter(this.#idleState(), reason)
+        } else if (error instanceof StoreError || error instanceof UserError) {
+          this.#enter(this.#idleState(), reason)
+          this.#host.onTrouble('mirror.failed', reason)
+        } else {
+          throw error
+        }
+        await this.#idle(this.states.state === 'splitbrain' ? undefined : this.#nextRetry())
+      } finally {
+        this.#stopFollowing()
+        this.#breakCycle(true)
+      }
+    }
+    this.#park()
+  }
+
+  #nextRetry(): number {
+    const ms = this.#retryMs
+    this.#retryMs = Math.min(2 * ms, LIMITS.mirrorRetryMsMax)
+    return ms
+  }
+
+  /** Until somebody calls `#wake`, or so long. */
+  async #idle(ms?: number): Promise<void> {
+    if (this.#remote === undefined || this.#closed || this.#interrupt !== undefined) return
+    await new Promise<void>((resolve) => {
+      const timer = ms === undefined ? undefined : setTimeout(resolve, ms)
+      this.#wake = () => {
+        clearTimeout(timer)
+        resolve()
+      }
+    })
+    this.#wake = undefined
+  }
+
+  #park(): void {
+    this.#parked = true
+    for (const resolve of this.#parkWaiters.splice(0)) resolve()
+  }
+
+  async #rest(): Promise<void> {
+    this.#park()
+    await this.#idle()
+    this.#parked = false
+  }
+
+  /** Resolves when the session's run does nothing, until `#suspended` or `paused` ends. */
+  async #halt(reason: string): Promise<void> {
+    this.#stopFollowing()
+    this.#again(reason)
+    while (!this.#parked) await new Promise<void>((resolve) => this.#parkWaiters.push(resolve))
+  }
+
+  async sizeChanges(): Promise<void> {
+    this.#suspended = true
+    await this.#halt('the volume gets another size')
+  }
+
+  sizeChanged(): void {
+    const units = Math.ceil(this.#host.volume.size / this.record.unitBytes)
+    if (units !== this.bits.unitCount) {
+      this.#breakCycle(false)
+      this.bits.resize(units)
+    }
+    this.#suspended = false
+    this.#again('the volume has another size')
+  }
+
+  // ---- one session's work
+
+  async #work(remote: Remote): Promise<void> {
+    this.#enter('negotiating')
+    const { volume, book } = this.#host
+    const hello = await remote.hello(this.#introduce())
+    this.#hello = hello
+    this.#throwIfInterrupted()
+    const verdict = judge(this.record, this.#generation(), hello)
+    if (verdict.kind === 'splitbrain') throw new RemoteError('splitbrain', verdict.reason)
+    if (hello.stage !== this.#stageToken) this.#newStage(hello.stage)
+    if (verdict.kind === 'compare') {
+      if (this.record.clean) this.#host.onTrouble('mirror.compare', verdict.reason)
+      this.#enter('comparing', verdict.reason)
+      await this.#save({ clean: false })
+      const differing = await compareSides({
+        remote,
+        init: verdict.init,
+        unitBytes: this.record.unitBytes,
+        size: volume.size,
+        blank: hello.blank,
+        isHole: (offset, length) => volume.isHole(offset, length),
+        nextRealized: (offset) => volume.nextFormatted(offset),
+        read: (offset, target) => volume.read(offset, target),
+        onProgress: (done, total) => this.#show('comparing', done, total),
+        onCompared: (regions) => {
+          this.counters.signatures += regions
+        },
+        check: () => this.#throwIfInterrupted(),
+      })
+      this.bits.changeAll(differing)
+    } else {
+      for await (const { first, bytes } of remote.bitmap('differs')) this.#differs(first, bytes)
+    }
+    this.#throwIfInterrupted()
+    // With the bits, the base that they count from.
+    await book.save(
+      this.record.id,
+      { clean: true, base: this.#generation().current, initialized: hello.consistent },
+      { bits: this.bits.union() },
+    )
+    if (this.bits.total > 0) this.#behindSince ??= performance.now()
+    this.#retryMs = LIMITS.mirrorRetryMsMin
+    if (!this.record.initialized) await this.#copy(remote)
+    if (this.record.mode === 'sync') await this.#sync(remote)
+    else await this.#async(remote)
+  }
+
+  #introduce(): PrimaryHello {
+    const { base, cycle, initialized, mode, unitBytes } = this.record
+    const { size } = this.#host.volume
+    const changed = this.bits.total * unitBytes
+    return { generation: this.#generation(), base, cycle, size, initialized, changed, mode, unitBytes }
+  }
+
+  /** The secondary has lost what was staged. */
+  #newStage(token: string): void {
+    this.bits.break(false)
+    this.#stageToken = token
+  }
+
+  #differs(first: number, bytes: Buffer): void {
+    for (let bit = 0; bit < bytes.length * 8; bit++) {
+      if (((bytes[bit >> 3] ?? 0) >> (bit & 7)) % 2 === 1 && first + bit < this.bits.unitCount) {
+        this.bits.change(first + bit)
+      }
+    }
+  }
+
+  /** The initial copy: passes without a point in time while there is much to send, then a cycle, which is one. */
+  async #copy(remote: Remote): Promise<void> {
+    this.#enter('copying')
+    for (let pass = 0; pass < PASSES_MAX && this.#behind > LITTLE_UNITS_BYTES; pass++) {
+      await this.#close(false)
+      this.#show('copying', 0, this.#cycleBytes())
+      await this.#sender?.run(LIMITS.mirrorCommitBytes, () => this.#commit(remote, { consistent: false }))
+      await this.#commit(remote, { consistent: false })
+      this.#sender = undefined
+    }
+    await this.#cycle(remote, 'copying')
+    await this.#save({ initialized: true })
+  }
+
+  async #async(remote: Remote): Promise<void> {
+    this.#enter('cycling')
+    for (;;) {
+      const due = this.#closedAt + this.record.intervalMs
+      const now = performance.now()
+      if (now < due) {
+        await this.#idle(due - now)
+        this.#throwIfInterrupted()
+        continue
+      }
+      if (this.bits.total === 0) {
+        this.#closedAt = now
+        this.#imageAt = now
+      } else {
+        await this.#cycle(remote, 'cycle')
+      }
+    }
+  }
+
+  async #sync(remote: Remote): Promise<void> {
+    if (this.states.state === 'negotiating') this.#enter('copying')
+    let patience: number = LIMITS.mirrorLastStepMs
+    for (let pass = 0; ; pass++) {
+      if (pass < PASSES_MAX && this.#behind > LIMITS.mirrorLastStepBytes) {
+        await this.#cycle(remote, 'copying')
+        continue
+      }
+      if (await this.#lastStep(remote, patience)) break
+      patience *= 2
+    }
+    this.#progress = undefined
+    this.#enter('insync')
+    await this.#idle()
+    this.#throwIfInterrupted()
+    throw new Interrupted('the session is over')
+  }
+
+  /** Clients wait while what is left is sent, and from then on every request goes to both. @returns false where it took too long */
+  async #lastStep(remote: Remote, patienceMs: number): Promise<boolean> {
+    let late = false
+    await this.#host.volume.quiesce(async () => {
+      this.#throwIfInterrupted()
+      this.bits.close()
+      this.#closedAt = performance.now()
+      const sender = this.#newSender(remote, true)
+      const timer = setTimeout(() => {
+        late = true
+        sender.stop(new Interrupted('clients waited long enough'))
+      }, patienceMs)
+      try {
+        await sender.run()
+        await this.#commit(remote, { consistent: true, follow: true })
+        assert(this.bits.total === 0, 'both sides are equal')
+        this.#forwarder.follow(remote)
+      } catch (error) {
+        if (!late) throw error
+        this.#breakCycle(true)
+      } finally {
+        clearTimeout(timer)
+        this.#sender = undefined
+      }
+    })
+    return !late
+  }
+
+  /** One cycle: a point in time of this volume becomes the secondary's content. */
+  async #cycle(remote: Remote, what: 'copying' | 'cycle'): Promise<void> {
+    await this.#close(true)
+    this.#show(what, 0, this.#cycleBytes())
+    await this.#sender?.run()
+    await this.#commit(remote, { consistent: true })
+    this.#sender = undefined
+    this.#progress = undefined
+  }
+
+  async #close(strict: boolean): Promise<void> {
+    this.#throwIfInterrupted()
+    const remote = this.#remote
+    if (remote === undefined) throw new Interrupted('the session is over')
+    await this.#host.volume.quiesce(() => {
+      this.bits.close()
+      this.#closedAt = performance.now()
+      this.#newSender(remote, strict)
+    })
+    this.#throwIfInterrupted()
+  }
+
+  #newSender(remote: Remote, strict: boolean): Sender {
+    const { volume } = this.#host
+    this.#sender = new Sender(
+      {
+        bits: this.bits,
+        unitBytes: this.record.unitBytes,
+        size: () => volume.size,
+        isHole: (offset, length) => volume.isHole(offset, length),
+        read: (offset, target) => volume.read(offset, target),
+        remote,
+        limit: this.#limit,
+        saves: this.#saves,
+        sent: (bytes, units, holes) => {
+          this.counters.sentBytes += bytes
+          this.counters.units += units
+          this.counters.holes += holes
+          const progress = this.#progress
+          if (progress !== undefined) progress.speed.add(units * this.record.unitBytes)
+        },
+        saved: () => {
+          this.counters.saves++
+        },
+      },
+      strict,
+    )
+    return this.#sender
+  }
+
+  async #commit(remote: Remote, { consistent, follow = false }: { consistent: boolean; follow?: boolean }): Promise<void> {
+    const cycle = this.record.cycle + 1
+    await remote.commit(this.#commitInfo(cycle, consistent, follow))
+    this.counters.cycles++
+    const done = this.bits.committed()
+    if (consistent) {
+      this.#imageAt = this.#closedAt
+      this.#behindSince = this.bits.total === 0 ? undefined : this.#closedAt
+    }
+    const cleared = this.#record(done, false)
+    await this.#save({ cycle, ...(consistent ? { initialized: true } : {}) })
+    await cleared
+  }
+
+  #commitInfo(cycle: number, consistent: boolean, follow: boolean): CommitInfo {
+    return { cycle, consistent, follow, generation: this.#generation(), size: this.#host.volume.size }
+  }
+
+  /**
+   * The secondary gets the rest and is told that it may be promoted; then `store` makes this side the secondary. No request is
+   * under way meanwhile, and none is done after it.
+   */
+  async handOver(store: () => Promise<void>): Promise<void> {
+    const remote = this.#remote
+    const { state } = this.states
+    if (remote === undefined || (state !== 'insync' && state !== 'cycling')) {
+      throw new UserError('BUSY', `the mirror is ${state}: it has to be insync or cycling for a planned change of roles`)
+    }
+    this.#suspended = true
+    try {
+      await this.#halt('a change of roles')
+      await this.#handOver(remote, store)
+    } finally {
+      this.#suspended = false
+      this.#again('a change of roles')
+    }
+  }
+
+  async #handOver(remote: Remote, store: () => Promise<void>): Promise<void> {
+    const hello = await remote.hello(this.#introduce())
+    if (hello.stage !== this.#stageToken) this.#newStage(hello.stage)
+    await this.#host.volume.quiesce(async () => {
+      this.bits.close()
+      await this.#newSender(remote, true).run()
+      this.#sender = undefined
+      const cycle = this.record.cycle + 1
+      await remote.handOver(this.#commitInfo(cycle, true, false))
+      this.bits.committed()
+      assert(this.bits.total === 0, 'both sides are equal')
+      await this.#save({ cycle })
+      await store()
+    })
+  }
+
+  // ---- noting
+
+  #unitOf(formatUnit: number): number {
+    return Math.floor((formatUnit * this.#host.volume.unitBytes) / this.record.unitBytes)
+  }
+
+  #change(unit: number): void {
+    if (!this.bits.change(unit)) return
+    this.#behindSince ??= performance.now()
+    this.#record([unit], true).catch((error: unknown) => {
+      if (!(error instanceof StoreError || error instanceof UserError)) throw error
+      // The pool has failed, and says so; or the mirror is being removed.
+    })
+  }
+
+  #changedRange(offset: number, length: number): void {
+    const { unitBytes } = this.record
+    const last = Math.min(this.bits.unitCount - 1, Math.floor((offset + length - 1) / unitBytes))
+    for (let unit = Math.floor(offset / unitBytes); unit <= last; unit++) this.#change(unit)
+  }
+
+  #record(units: readonly number[], set: boolean): Promise<void> {
+    if (units.length === 0) return Promise.resolve()
+    return this.#host.book.record(
+      this.record.id,
+      runsOf(units).map(({ first, count }) => ({ first, count, set })),
+    )
+  }
+
+  #breakCycle(keepStaged: boolean): void {
+    this.#sender = undefined
+    this.#progress = undefined
+    this.bits.break(keepStaged)
+    if (!keepStaged) this.#stageToken = ''
+  }
+
+  #stopFollowing(): void {
+    if (!this.#forwarder.following) return
+    this.#forwarder.stop(this.#blocks)
+    this.counters.forwarded = this.#forwarder.count
+  }
+
+  #remoteRefused(reason: string): void {
+    this.#host.onTrouble('mirror.refused', reason)
+    this.#stopFollowing()
+    this.#refusal = new RemoteError('refused', reason)
+    this.#wake?.()
+  }
+
+  // ---- telling
+
+  verification(): VerifyResult | null {
+    return null
+  }
+
+  verify(_repair: boolean): void {}
+
+  get #behind(): number {
+    return this.bits.total * this.record.unitBytes
+  }
+
+  #cycleBytes(): number {
+    return this.bits.openCount * this.record.unitBytes
+  }
+
+  lag(): MirrorLag {
+    const bytes = Math.min(this.#behind, this.#host.volume.size)
+    if (this.#forwarder.following || (this.bits.total === 0 && this.record.initialized)) return { bytes, seconds: 0 }
+    if (!this.record.initialized) return { bytes, seconds: null }
+    const since = Math.max(this.#imageAt ?? 0, this.#behindSince ?? 0)
+    return { bytes, seconds: since === 0 ? null : (performance.now() - since) / 1000 }
+  }
+
+  progress(): MirrorProgress | null {
+    const progress = this.#progress
+    if (progress === undefined) return null
+    const { what, total, speed, from } = progress
+    const done = what === 'comparing' ? from : Math.max(0, total - this.#cycleBytes())
+    const now = speed.now()
+    const remainingMs = now > 0 ? ((total - done) * 1000) / now : null
+    return { what, done: Math.min(done, total), total, speed: now, remainingMs }
+  }
+
+  wireBytes(): number {
+    return this.#wireBytes + (this.#remote?.wireBytes() ?? 0)
+  }
+
+  forwardedCount(): number {
+    return this.#forwarder.count
+  }
+
+  #show(what: MirrorProgress['what'], from: number, total: number): void {
+    const before = this.#progress
+    if (before !== undefined && before.what === what && what === 'comparing') {
+      before.speed.add(from - before.from)
+      before.from = from
+      before.total = total
+      return
+    }
+    this.#progress = { what, total, from, speed: new Speed() }
+  }
+
+  #generation(): GenerationRecord {
+    const { generation } = this.#host.volume.record
+    assert(generation !== undefined, 'a mirrored volume has a generation')
+    return generation
+  }
+
+  #enter(state: Parameters<MirrorStates['enter']>[0], reason: string | null = null): void {
+    this.states.enter(state, reason)
+  }
+
+  #throwIfInterrupted(): void {
+    const refusal = this.#refusal
+    this.#refusal = undefined
+    if (refusal !== undefined) throw refusal
+    if (this.#interrupt !== undefined) throw new Interrupted(this.#interrupt)
+    if (this.#remote === undefined) throw new Interrupted('the session is over')
+  }
+
+  #save(change: Partial<MirrorRecord>): Promise<void> {
+    return this.#host.book.save(this.record.id, change)
+  }
+}
+
+function runsOf(units: readonly number[]): { first: number; count: number }[] {
+  const runs: { first: number; count: number }[] = []
+  for (const unit of units) {
+    const last = runs[runs.length - 1]
+    if (last !== undefined && last.first + last.count === unit) last.count++
+    else runs.push({ first: unit, count: 1 })
+  }
+  return runs
+}

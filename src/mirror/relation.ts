@@ -1,0 +1,439 @@
+import { randomUUID } from 'node:crypto'
+import { UserError } from '../base/errors.ts'
+import { LIMITS } from '../base/limits.ts'
+import type { Channel } from '../link/channel.ts'
+import type { Session } from '../link/session.ts'
+import type { GenerationRecord, MirrorRecord } from '../metadata/records.ts'
+import type { MirrorBook, StoredMirror } from '../volume/mirror-book.ts'
+import type { ExtraContext } from '../volume/status.ts'
+import type { Volume } from '../volume/volume.ts'
+import { ask } from './asks.ts'
+import { LinkRemote } from './link-remote.ts'
+import { Primary } from './primary.ts'
+import { type PrimaryHello, type Remote, RemoteError } from './remote.ts'
+import { Secondary } from './secondary.ts'
+import { type MirrorState, MirrorStates } from './state.ts'
+import type { CopyExtent, MirrorInfo, MirrorSide } from './types.ts'
+
+/**
+ * One mirror of a volume, on either side: its record, and what runs for the role that it has. Roles change here.
+ *
+ *   secondary --promote--> primary --demote (planned), yield (split brain)--> secondary
+ *
+ * Crash rule: a change of role is one transaction: role, generation, who may write, and which units count as changed.
+ */
+export interface RelationHost {
+  readonly book: MirrorBook
+  event(level: 'info' | 'warn' | 'error', kind: string, object: string, message: string): void
+  /** A session with the peer, if there is one. */
+  session(relation: Relation): Session | undefined
+}
+
+/** Wire ids of the contexts `fullstripe:copy:NAME`. */
+const CONTEXT_BASE = 1 << 16
+
+const BAD_STATES: readonly MirrorState[] = ['degraded', 'splitbrain']
+
+export class Relation {
+  readonly volume: Volume
+  readonly stored: StoredMirror
+  readonly #host: RelationHost
+  readonly #secondary: Secondary
+  #primary: Primary | undefined
+  #context: ExtraContext | undefined
+  readonly #secondaryStates: MirrorStates
+  #told: PrimaryHello | undefined
+  #committedAt: number | undefined
+
+  constructor(host: RelationHost, volume: Volume, stored: StoredMirror) {
+    this.#host = host
+    this.volume = volume
+    this.stored = stored
+    this.#secondaryStates = new MirrorStates('connecting', (state, before, reason) =>
+      this.#onState(state, before, reason),
+    )
+    this.#secondary = new Secondary({
+      volume,
+      book: host.book,
+      stored,
+      onState: (state, hello) => {
+        this.#told = hello
+        this.#secondaryStates.follow(state)
+      },
+      onHandOver: () =>
+        this.#secondaryStates.follow('promoted', `the peer gave up being primary: promote this side to write here`),
+      onSplitBrain: (hello) => this.#splitBrain(hello),
+      onCommit: () => {
+        this.#committedAt = performance.now()
+      },
+    })
+  }
+
+  get record(): MirrorRecord {
+    return this.stored.record
+  }
+  get isPrimary(): boolean {
+    return this.record.role === 'primary'
+  }
+  get primary(): Primary | undefined {
+    return this.#primary
+  }
+  get state(): MirrorState {
+    return this.#primary?.states.state ?? this.#secondaryStates.state
+  }
+  get object(): string {
+    return `${this.volume.name}/${this.record.name}`
+  }
+
+  /** Before the volume's first client, or while it is being added. */
+  async start(): Promise<void> {
+    if (this.isPrimary) await this.#startPrimary()
+  }
+
+  /** The daemon stops; what changes until the pool is closed is noted. */
+  async disconnect(reason: string): Promise<void> {
+    await this.#primary?.disconnect(reason)
+    await this.#secondary.close(reason)
+  }
+
+  /** The mirror ends. */
+  async close(reason: string): Promise<void> {
+    const primary = this.#primary
+    this.#endPrimary()
+    await primary?.close(reason)
+    await this.#secondary.close(reason)
+  }
+
+  // ---- sessions
+
+  /** Whether the session's peer is the other side. */
+  isPeer(session: Session, address: string | undefined): boolean {
+    const { peer, address: dialled, kind } = this.record
+    if (kind !== 'link') return false
+    return peer.fingerprint === session.peer.fingerprint || (peer.fingerprint === null && dialled === address)
+  }
+
+  /** A session stands. The primary begins. */
+  async connect(session: Session): Promise<void> {
+    const primary = this.#primary
+    if (primary === undefined || session.endReason !== undefined) return
+    try {
+      const remote = await LinkRemote.open(session, this.record.relation)
+      if (this.#primary === primary) primary.attach(remote)
+      else remote.close('the role changed')
+    } catch (error) {
+      if (!(error instanceof RemoteError)) throw error
+      if (error.fate !== 'lost') primary.refused(error.message)
+    }
+  }
+
+  attach(remote: Remote): void {
+    this.#primary?.attach(remote)
+  }
+
+  serve(control: Channel): void {
+    this.#secondary.serve(control)
+    control.ended.then((reason) => {
+      if (this.isPrimary || this.#secondary.connected || this.#secondaryStates.state === 'promoted') return
+      this.#secondaryStates.follow(this.record.initialized ? 'degraded' : 'connecting', reason.message)
+    })
+  }
+
+  serveData(data: Channel): void {
+    this.#secondary.serveData(data)
+  }
+
+  // ---- roles
+
+  /** @throws UserError BUSY, REFUSED */
+  async promote(force: boolean): Promise<void> {
+    const { record, volume } = this
+    if (this.isPrimary) throw new UserError('BUSY', `mirror ${this.object}: this side is primary already`)
+    if (this.#secondary.connected && this.state !== 'promoted' && !force) {
+      throw new UserError(
+        'BUSY',
+        `mirror ${this.object}: the primary is connected: demote it first (mirror demote, over there), or use --force, which splits the two`,
+      )
+    }
+    if (!record.initialized && !force) {
+      throw new UserError(
+        'REFUSED',
+        `mirror ${this.object}: the content here is not consistent yet (the initial copy has not ended): use --force to take it as it is`,
+      )
+    }
+    await this.#secondary.close('this side was promoted')
+    const bits = this.#secondary.differing()
+    const before = volume.record.generation
+    const generation: GenerationRecord = {
+      current: randomUUID(),
+      history: [before?.current ?? record.base, ...(before?.history ?? [])].slice(0, LIMITS.generationsKept),
+    }
+    await volume.quiesce(async () => {
+      // Nobody may write before it is watched: clients are let in by the transaction below.
+      await this.#host.book.save(
+        record.id,
+        { role: 'primary', clean: record.initialized, paused: false },
+        { bits, volume: { generation, secondaryOf: undefined } },
+      )
+      this.#beginPrimary()
+    })
+    this.#host.event('info', 'mirror.promoted', this.object, `this side is primary, generation ${generation.current}`)
+    const session = this.#host.session(this)
+    if (session !== undefined) await this.connect(session)
+  }
+
+  /** @throws UserError BUSY, REFUSED */
+  async demote(force: boolean): Promise<void> {
+    const primary = this.#primary
+    if (primary === undefined) throw new UserError('BUSY', `mirror ${this.object}: this side is secondary already`)
+    this.#checkOnlyMirror()
+    const sessions = this.volume.info().sessions
+    if (sessions > 0 && !force) {
+      throw new UserError(
+        'BUSY',
+        `volume ${this.volume.name} has ${sessions} connected client${sessions > 1 ? 's' : ''}: detach them first, or use --force: their writes will fail`,
+      )
+    }
+    if (this.record.kind === 'nbd') throw new UserError('REFUSED', `mirror ${this.object}: an NBD export cannot be primary`)
+    await this.volume.becomeThin()
+    const store = (): Promise<void> =>
+      this.#host.book.save(this.record.id, { role: 'secondary' }, { volume: { secondaryOf: this.record.id } })
+    if (primary.connected || !force) await primary.handOver(store)
+    else await this.#giveUp(primary)
+    this.#endPrimary()
+    await primary.close('this side was demoted')
+    this.#secondaryStates.follow('promoted', 'this side gave up being primary: promote the other one')
+    this.#host.event('info', 'mirror.demoted', this.object, 'this side is secondary: promote the other one')
+  }
+
+  /** This side's changes since the common generation are thrown away by what the other side sends. @throws UserError */
+  async yield(): Promise<void> {
+    const primary = this.#primary
+    if (primary === undefined) return
+    this.#checkOnlyMirror()
+    await this.volume.becomeThin()
+    await primary.stop('this side is discarded')
+    await this.#giveUp(primary)
+    this.#endPrimary()
+    await primary.close('this side is discarded')
+    this.#secondaryStates.follow('connecting')
+    this.#host.event('warn', 'mirror.discarded', this.object, 'this side is secondary: what it had changed is replaced')
+  }
+
+  /** The changed units stay noted: the next primary asks for them, and sends them. */
+  async #giveUp(primary: Primary): Promise<void> {
+    const { base, id } = this.record
+    const before = this.volume.record.generation
+    const history = [before?.current ?? base, ...(before?.history ?? [])].filter((known) => known !== base)
+    await this.volume.quiesce(() =>
+      this.#host.book.save(
+        id,
+        { role: 'secondary' },
+        {
+          bits: primary.bits.union(),
+          volume: {
+            secondaryOf: id,
+            generation: { current: base, history: history.slice(0, LIMITS.generationsKept) },
+          },
+        },
+      ),
+    )
+  }
+
+  #checkOnlyMirror(): void {
+    const others = this.#host.book.of(this.volume.record.id).filter(({ record }) => record.id !== this.record.id)
+    if (others.length === 0) return
+    const names = others.map(({ record }) => record.name).join(', ')
+    throw new UserError(
+      'REFUSED',
+      `volume ${this.volume.name} has other mirrors (${names}): remove them first; added again over there, they get only what differs`,
+    )
+  }
+
+  /** Something was settled by the operator. */
+  retry(): void {
+    this.#primary?.retry()
+  }
+
+  /** The other side, by its session. @throws UserError FAILED, and the peer's words */
+  async ask(kind: 'remove' | 'yield' | 'retry'): Promise<void> {
+    const session = this.#host.session(this)
+    if (session === undefined) {
+      throw new UserError('FAILED', `mirror ${this.object}: there is no connection with ${this.record.peer.name}`)
+    }
+    await ask(session, kind, { relation: this.record.relation })
+  }
+
+  #splitBrain(hello: PrimaryHello): void {
+    this.#told = hello
+    this.#primary?.refused('both sides are primary', true)
+  }
+
+  async #startPrimary(): Promise<void> {
+    await this.volume.quiesce(() => this.#beginPrimary())
+  }
+
+  /** While the volume is quiet. */
+  #beginPrimary(): void {
+    const primary = new Primary({
+      volume: this.volume,
+      book: this.#host.book,
+      stored: this.stored,
+      onState: (state, before, reason) => this.#onState(state, before, reason),
+      onTrouble: (kind, message) => this.#host.event('warn', kind, this.object, message),
+    })
+    this.#primary = primary
+    this.volume.watch(primary)
+    const { id, name } = this.record
+    this.#context = {
+      id: CONTEXT_BASE + id,
+      name: `fullstripe:copy:${name}`,
+      extents: (offset, length) => this.#statusExtents(offset, length),
+    }
+    this.volume.addContext(this.#context)
+  }
+
+  #endPrimary(): void {
+    if (this.#context !== undefined) this.volume.removeContext(this.#context)
+    this.#context = undefined
+    this.#primary = undefined
+  }
+
+  #onState(state: MirrorState, before: MirrorState, reason: string | null): void {
+    const level = BAD_STATES.includes(state) ? 'warn' : 'info'
+    const why = reason === null ? '' : `: ${reason}`
+    this.#host.event(level, `mirror.${state}`, this.object, `${before} -> ${state}${why}`)
+  }
+
+  // ---- what is where
+
+  /** Bit 0 of the flags: the secondary lacks it. */
+  *#statusExtents(offset: number, length: number): Generator<{ length: number; flags: number }> {
+    for (const extent of this.copyExtents(offset, length)) {
+      yield { length: extent.length, flags: extent.copied ? 0 : 1 }
+    }
+  }
+
+  *copyExtents(offset: number, length: number): Generator<CopyExtent> {
+    const { unitBytes } = this.record
+    const end = Math.min(offset + length, this.volume.size)
+    for (let at = offset; at < end; ) {
+      const unit = Math.floor(at / unitBytes)
+      const lacking = this.#lacks(unit)
+      const next = lacking ? this.#nextPresent(unit) : this.#nextLacking(unit)
+      const stop = Math.min(end, next * unitBytes)
+      yield { offset: at, length: stop - at, copied: !lacking }
+      at = stop
+    }
+  }
+
+  copyDensity(cells: number): Float64Array {
+    const units = this.stored.map.unitCount
+    const shares = new Float64Array(Math.min(cells, units))
+    for (let cell = 0; cell < shares.length; cell++) {
+      const from = Math.floor((cell * units) / shares.length)
+      const to = Math.max(from + 1, Math.floor(((cell + 1) * units) / shares.length))
+      let lacking = 0
+      for (let unit = this.#nextLacking(from); unit < to; unit = this.#nextLacking(unit + 1)) lacking++
+      shares[cell] = lacking / (to - from)
+    }
+    return shares
+  }
+
+  #lacks(unit: number): boolean {
+    return this.#primary?.bits.lacks(unit) ?? this.stored.map.get(unit)
+  }
+  #nextLacking(unit: number): number {
+    return this.#primary?.bits.nextLacking(unit) ?? this.stored.map.nextSet(unit)
+  }
+  #nextPresent(unit: number): number {
+    return this.#primary?.bits.nextPresent(unit) ?? this.stored.map.nextClear(unit)
+  }
+
+  // ---- telling
+
+  info(): MirrorInfo {
+    const { record, volume } = this
+    const primary = this.#primary
+    const states = primary?.states ?? this.#secondaryStates
+    const since = states.since.toISOString()
+    const counters = primary?.counters
+    return {
+      volume: volume.name,
+      name: record.name,
+      relation: record.relation,
+      role: record.role,
+      kind: record.kind,
+      peer: record.peer.name,
+      address: record.address,
+      target: record.peer.volume,
+      mode: record.mode,
+      init: record.init,
+      intervalMs: record.intervalMs,
+      onLoss: record.onLoss,
+      rate: record.rate,
+      state: states.state,
+      reason: states.reason,
+      since,
+      connected: primary?.connected ?? this.#secondary.connected,
+      consistent: record.initialized,
+      pointInTime: record.kind === 'link' || record.mode === 'sync',
+      unitBytes: record.unitBytes,
+      lag: primary?.lag() ?? this.#secondaryLag(),
+      cycle: record.cycle,
+      progress: primary?.progress() ?? null,
+      counters: {
+        sentBytes: counters?.sentBytes ?? 0,
+        wireBytes: primary?.wireBytes() ?? 0,
+        units: counters?.units ?? 0,
+        holes: counters?.holes ?? 0,
+        signatures: counters?.signatures ?? 0,
+        cycles: counters?.cycles ?? 0,
+        saves: counters?.saves ?? 0,
+        forwarded: primary?.forwardedCount() ?? 0,
+      },
+      local: this.side(),
+      remote: this.#remoteSide(),
+      verify: primary?.verification() ?? null,
+    }
+  }
+
+  side(): MirrorSide {
+    const { record, volume } = this
+    const changed = this.#primary === undefined ? this.stored.map.count : this.#primary.bits.total
+    return {
+      role: record.role,
+      generation: volume.record.generation?.current ?? '',
+      history: volume.record.generation?.history ?? [],
+      changed: Math.min(volume.size, changed * record.unitBytes),
+      consistent: record.initialized,
+      size: volume.size,
+    }
+  }
+
+  #remoteSide(): MirrorSide | null {
+    const hello = this.#primary?.hello
+    if (hello !== undefined) {
+      const { role, generation, changed, consistent, size } = hello
+      const { current = '', history = [] } = generation ?? {}
+      return { role, generation: current, history, changed, consistent, size }
+    }
+    const told = this.#told
+    if (told === undefined) return null
+    const { generation, changed, size } = told
+    return {
+      role: 'primary',
+      generation: generation.current,
+      history: generation.history,
+      changed,
+      consistent: true,
+      size,
+    }
+  }
+
+  #secondaryLag(): MirrorInfo['lag'] {
+    const at = this.#committedAt
+    const follows = this.#secondaryStates.state === 'insync'
+    return { bytes: 0, seconds: follows ? 0 : at === undefined ? null : (performance.now() - at) / 1000 }
+  }
+}

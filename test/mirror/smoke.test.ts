@@ -1,0 +1,60 @@
+import { afterEach, describe, expect, it } from 'vitest'
+import { Pair } from '../support/mirror-pair.ts'
+import { Random } from '../support/random.ts'
+import type { DatapathChoice } from '../support/served-pool.ts'
+import { until } from '../support/poll.ts'
+
+const MIB = 1 << 20
+
+let pair: Pair | undefined
+afterEach(async () => {
+  await pair?.close()
+  pair = undefined
+})
+
+const DATAPATHS: DatapathChoice[] = ['native', 'portable']
+
+describe.each(DATAPATHS)('a mirror, %s', (datapath) => {
+  it('async: what was there before, and what comes while it runs', async () => {
+    pair = await Pair.open({ datapath })
+    const { one, two } = pair
+    await one.pool.createVolume({ name: 'data', size: 64 * MIB })
+    const client = await one.connect('data')
+    const random = new Random(1)
+    for (let i = 0; i < 20; i++) {
+      await client.write(random.bytes(65536), random.below(1000) * 65536)
+    }
+    await one.mirrors.add({ volume: 'data', peer: pair.address, mode: 'async', intervalMs: 100 })
+    for (let i = 0; i < 200; i++) {
+      await client.write(random.bytes(4096), random.below(16000) * 4096)
+      if (i % 20 === 0) await client.trim({ offset: random.below(900) * 65536, length: 5 * 65536 })
+    }
+    await one.reach('data', 'cycling')
+    const info = await settled(one)
+    expect(info.consistent).toBe(true)
+    expect((await two.content('data')).equals(await one.content('data'))).toBe(true)
+    console.log(JSON.stringify(info))
+  })
+
+  it('sync: every answered write is on both sides', async () => {
+    pair = await Pair.open({ datapath })
+    const { one, two } = pair
+    await one.pool.createVolume({ name: 'data', size: 64 * MIB })
+    const client = await one.connect('data')
+    const random = new Random(1)
+    for (let i = 0; i < 20; i++) await client.write(random.bytes(65536), random.below(1000) * 65536)
+    await one.mirrors.add({ volume: 'data', peer: pair.address, mode: 'sync' })
+    await one.reach('data', 'insync')
+    for (let i = 0; i < 200; i++) {
+      await client.write(random.bytes(4096), random.below(16000) * 4096)
+      if (i % 20 === 0) await client.trim({ offset: random.below(900) * 65536, length: 5 * 65536 })
+    }
+    expect((await two.content('data')).equals(await one.content('data'))).toBe(true)
+    console.log(JSON.stringify(one.show('data')))
+  })
+})
+
+async function settled(one: Pair['one']) {
+  await until(() => one.show('data').lag.bytes === 0, 'nothing lacking')
+  return one.show('data')
+}
