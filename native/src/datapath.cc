@@ -206,11 +206,14 @@ void Datapath::barrier(double tag, const Tables* retired) {
 
 void Datapath::submit(const double* words, size_t count) {
   const double* const end = words + count;
-  while (words < end) words = submitOne(words, end);
+  TaskList parts;
+  while (words < end) words = submitOne(words, end, parts);
+  shared_.writing->submitAll(parts);
   sendBatches();
 }
 
-const double* Datapath::submitOne(const double* at, const double* end) {
+/// Parts of one call are queued together; whatever else comes finds those before it queued.
+const double* Datapath::submitOne(const double* at, const double* end, TaskList& parts) {
   auto take = [&]() {
     NBD_ASSERT(at < end);
     return *at++;
@@ -220,6 +223,7 @@ const double* Datapath::submitOne(const double* at, const double* end) {
     return OverlayRef{upcall.offset, upcall.length, upcall.payload};
   };
   const int kind = static_cast<int>(take());
+  if (kind != kWritePart && kind != kComplete) shared_.writing->submitAll(parts);
   switch (kind) {
     case kComplete: {
       Upcall* upcall = release(take());
@@ -261,7 +265,8 @@ const double* Datapath::submitOne(const double* at, const double* end) {
       const double tag = take();
       const Upcall& upcall = *outstanding(take());
       const uint64_t stripe = static_cast<uint64_t>(take());
-      submitPart(shared_, tag, exports_.at(upcall.target->id), stripe, static_cast<uint32_t>(take()), overlayOf(upcall));
+      makePart(shared_, tag, exports_.at(upcall.target->id), stripe, static_cast<uint32_t>(take()), overlayOf(upcall),
+               parts);
       return at;
     }
     case kSync:

@@ -74,7 +74,7 @@ class Datapath {
 
   Upcall* outstanding(double index);
   Upcall* release(double index);
-  const double* submitOne(const double* at, const double* end);
+  const double* submitOne(const double* at, const double* end, TaskList& parts);
   void barrier(double tag, const Tables* retired);
   void post(uint32_t loop, const LoopCommand& command);
   void sendBatches();

@@ -363,9 +363,9 @@ void submitFormat(Shared& shared, FormatOrder order) {
   shared.writing->submit(new FormatTask(shared, std::move(order)));
 }
 
-void submitPart(Shared& shared, double tag, std::shared_ptr<Export> target, uint64_t stripe, uint32_t slot,
-                OverlayRef overlay) {
-  shared.writing->submit(new PartTask(shared, tag, std::move(target), stripe, slot, overlay));
+void makePart(Shared& shared, double tag, std::shared_ptr<Export> target, uint64_t stripe, uint32_t slot, OverlayRef overlay,
+              TaskList& tasks) {
+  tasks.push(new PartTask(shared, tag, std::move(target), stripe, slot, overlay));
 }
 
 void submitSlot(Shared& shared, double tag, bool write, uint32_t slot, uint64_t offset, uint8_t* data,

@@ -23,7 +23,9 @@ struct FormatOrder {
 
 void submitFormat(Shared& shared, FormatOrder order);
 /// Writes the part of an upcall that lies in `stripe` to `slot`.
-void submitPart(Shared& shared, double tag, std::shared_ptr<Export> target, uint64_t stripe, uint32_t slot, OverlayRef overlay);
+/// Appends it to tasks for `Shared::writing`: those of one turn are queued together.
+void makePart(Shared& shared, double tag, std::shared_ptr<Export> target, uint64_t stripe, uint32_t slot, OverlayRef overlay,
+              TaskList& tasks);
 void submitSlot(Shared& shared, double tag, bool write, uint32_t slot, uint64_t offset, uint8_t* data, uint64_t length);
 /// Fills [data, data + length) with what the export holds from `offset` on. The tables are looked at now; the Done event
 /// carries the export and `epoch`.

@@ -14,29 +14,53 @@ WorkPool::WorkPool(const Layout& layout, uint32_t threadsMax)
 
 WorkPool::~WorkPool() { stop(); }
 
-void WorkPool::submit(Task* task) {
-  std::unique_lock<std::mutex> lock(mutex_);
-  if (stopping_) {
-    lock.unlock();
-    task->cancel();
-    return;
-  }
+void TaskList::push(Task* task) {
   task->next_ = nullptr;
   (tail_ == nullptr ? head_ : tail_->next_) = task;
   tail_ = task;
-  queued_++;
-  if (queued_ > idle_ && threads_.size() < threadsMax_) {
-    const uint32_t index = static_cast<uint32_t>(threads_.size());
-    // Signals are for the thread that runs JavaScript.
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    threads_.emplace_back([this, index] { work(index); });
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  count_++;
+}
+
+void WorkPool::submit(Task* task) {
+  TaskList one;
+  one.push(task);
+  submitAll(one);
+}
+
+void WorkPool::submitAll(TaskList& tasks) {
+  if (tasks.empty()) return;
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (stopping_) {
+    lock.unlock();
+    for (Task* task = tasks.head_; task != nullptr;) {
+      Task* next = task->next_;
+      task->cancel();
+      task = next;
+    }
+    tasks = TaskList();
     return;
+  }
+  (tail_ == nullptr ? head_ : tail_->next_) = tasks.head_;
+  tail_ = tasks.tail_;
+  queued_ += tasks.count_;
+  tasks = TaskList();
+  if (idle_ == 0) {
+    if (threads_.size() < threadsMax_) startThread();
+    return; // whoever is at work comes back for it
   }
   lock.unlock();
   wake_.notify_one();
+}
+
+/// With the lock held.
+void WorkPool::startThread() {
+  const uint32_t index = static_cast<uint32_t>(threads_.size());
+  // Signals are for the thread that runs JavaScript.
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  threads_.emplace_back([this, index] { work(index); });
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
 void WorkPool::work(uint32_t index) {
@@ -54,7 +78,12 @@ void WorkPool::work(uint32_t index) {
     head_ = task->next_;
     if (head_ == nullptr) tail_ = nullptr;
     queued_--;
+    // What is behind it must not wait for a disk that this one may have to wait for.
+    const bool more = queued_ > 0;
+    const bool wake = more && idle_ > 0;
+    if (more && !wake && !stopping_ && threads_.size() < threadsMax_) startThread();
     lock.unlock();
+    if (wake) wake_.notify_one();
     task->run(context);
     lock.lock();
   }

@@ -30,7 +30,21 @@ class Task {
 
  private:
   friend class WorkPool;
+  friend class TaskList;
   Task* next_ = nullptr;
+};
+
+/// Tasks that are queued together.
+class TaskList {
+ public:
+  bool empty() const { return head_ == nullptr; }
+  void push(Task* task);
+
+ private:
+  friend class WorkPool;
+  Task* head_ = nullptr;
+  Task* tail_ = nullptr;
+  uint32_t count_ = 0;
 };
 
 class WorkPool {
@@ -40,8 +54,10 @@ class WorkPool {
   WorkPool(const WorkPool&) = delete;
   WorkPool& operator=(const WorkPool&) = delete;
 
-  /// From any thread; a chain is queued as one.
+  /// From any thread.
   void submit(Task* task);
+  /// Several at once, in their order: one lock, and one thread is woken, which wakes the next where there is enough for it.
+  void submitAll(TaskList& tasks);
   /// Tasks that run are waited for, queued ones are cancelled.
   void stop();
 
@@ -49,6 +65,7 @@ class WorkPool {
 
  private:
   void work(uint32_t index);
+  void startThread();
 
   const Layout& layout_;
   const uint32_t threadsMax_;

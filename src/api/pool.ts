@@ -31,6 +31,7 @@ export function statusOf(daemon: Daemon, mirrors: MirrorControl): StatusInfo {
     now: new Date().toISOString(),
     memory: process.memoryUsage.rss(),
     listen: daemon.listening,
+    link: daemon.mirrors.listening ?? null,
     sessions: volumes.reduce((total, volume) => total + volume.sessions, 0),
     datapath: pool.datapath.description,
     pool: pool.info(),

@@ -254,6 +254,7 @@ export const statusSchema = object('The daemon and all it serves', {
   now: { type: 'string', format: 'date-time', description: 'when this was written' },
   memory: bytes('resident memory'),
   listen: list(text('NBD URI'), 'where clients connect'),
+  link: orNull(text('HOST:PORT where other daemons connect; null: nowhere')),
   sessions: count('connections of clients to all volumes'),
   datapath: object('What runs the transmission phase', {
     kind: choice(['native', 'portable'], 'implementation'),

@@ -30,7 +30,9 @@ import { volumeRoutes } from './volumes.ts'
 
 /** The routes, not yet listening. */
 export function createApi(daemon: Daemon, mirrors: MirrorControl = daemon.mirrors): FastifyInstance {
-  const loggerInstance: FastifyBaseLogger = daemon.log.child({ part: 'api' }, { level: 'warn' })
+  // A child's level replaces its parent's, which may be less talkative.
+  const level = daemon.log.isLevelEnabled('warn') ? 'warn' : daemon.log.level
+  const loggerInstance: FastifyBaseLogger = daemon.log.child({ part: 'api' }, { level })
   const app = fastify({
     loggerInstance,
     logController: new LogController({ disableRequestLogging: true }),

@@ -14,6 +14,7 @@ export interface StatusInfo {
   readonly now: string // ISO; with the counters, what rates are computed from
   readonly memory: number // bytes resident
   readonly listen: readonly string[] // NBD URIs, ports as bound
+  readonly link: string | null // HOST:PORT for other daemons, the port as bound; null: none can connect
   readonly sessions: number
   readonly datapath: DatapathDescription
   readonly pool: PoolInfo

@@ -73,20 +73,20 @@ export const LIMITS = {
   /** Link: the payload of a frame that opens or closes something. */
   linkControlPayloadMax: 64 * KiB,
   /** Link: bytes on their way in one connection that the peer has not acknowledged. More pays on long fat lines only. */
-  linkConnectionWindow: 8 * MiB,
+  linkConnectionWindow: 32 * MiB,
   linkConnectionWindowMax: 256 * MiB,
   /** Link: bytes sent on one channel that the peer's side of it has not consumed; what a receiver may have to keep. */
   linkChannelWindow: 4 * MiB,
   /** Link: the windows of all channels that a peer may open in one session, together. */
-  linkSessionWindowMax: 64 * MiB,
-  linkChannelsPerSession: 64,
+  linkSessionWindowMax: 1024 * MiB,
+  linkChannelsPerSession: 256,
   linkChannelNameBytesMax: 64,
   /** Link: sends and requests of one channel that wait for its window; whoever goes on without waiting gets an error. */
   linkSendsWaitingMax: 1024,
   /** Link: requests of one channel that the peer has not replied to. */
   linkRequestsPerChannel: 4096,
   /** Link: bulk data given to a connection that the system has not taken yet; urgent frames wait behind it. */
-  linkBulkQueuedMax: 256 * KiB,
+  linkBulkQueuedMax: 1 * MiB,
   linkConnectionsPerSessionMax: 16,
   linkSessionsMax: 256,
   /** Link: connections that are still in the handshake. */
@@ -123,7 +123,7 @@ export const LIMITS = {
   mirrorIntervalMsMax: 24 * 3600 * 1000,
   mirrorIntervalMs: 5_000,
   /** Mirrors: an initial copy is made durable over there after so much of it, or so long. */
-  mirrorCommitBytes: 256 * MiB,
+  mirrorCommitBytes: 1024 * MiB,
   mirrorCommitMs: 5_000,
   /** Mirrors: clients wait while the last of a resync is sent; it is at most this, or else they wait at most this long. */
   mirrorLastStepBytes: 4 * MiB,
@@ -132,6 +132,14 @@ export const LIMITS = {
   mirrorRetryMsMin: 1_000,
   mirrorRetryMsMax: 30_000,
   mirrorDifferencesKept: 1_000,
+  /** Mirrors to NBD exports: connections, where the server allows several. */
+  mirrorTargetConnections: 4,
+  /** Mirrors to NBD exports: for connecting and the handshake. */
+  mirrorTargetConnectMs: 4_000,
+  /** Mirrors to NBD exports: a server that answers nothing for so long while it is asked is lost. */
+  mirrorTargetSilenceMs: 30_000,
+  /** Mirrors to NBD exports: what was written there is flushed after so long, if no client asks for it before. */
+  mirrorTargetFlushMs: 1_000,
 
   /** Control API: requests are small; a stream of events or a big map is read in pages. */
   apiBodyBytesMax: 64 * KiB,
@@ -158,4 +166,5 @@ assert(LIMITS.hotRegionsMax <= LIMITS.hotRegionsLimit)
 assert(LIMITS.linkConnectionWindow >= 4 * LIMITS.linkPayloadMax)
 assert(LIMITS.linkChannelWindow >= 2 * LIMITS.linkPayloadMax)
 assert(LIMITS.linkSessionWindowMax >= LIMITS.linkChannelWindow)
+assert(2 * LIMITS.mirrorTargetFlushMs < LIMITS.hotRegionCoolMs) // intents cover what is not flushed there (mirror/nbd-remote.ts)
 assert(LIMITS.linkConnectionWindowMax < 2 ** 31) // windows are counted modulo 2^32

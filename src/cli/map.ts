@@ -2,7 +2,7 @@
  * fullstripe volume map NAME: the init bitmap, and in the same picture what its mirrors lack; as a picture for a terminal and as extents for
  * everything else. Extents are read in pages and written as they come, so a volume with millions of them needs no memory here.
  */
-import type { CopyDensityInfo, CopyMapPage, DensityInfo, MapPage, StatusInfo } from '../api/types.ts'
+import type { CopyDensityInfo, CopyMapPage, DensityInfo, MapPage, MirrorList } from '../api/types.ts'
 import { UserError } from '../base/errors.ts'
 import { approximateSize, formatSize, parseSize } from '../base/sizes.ts'
 import type { CopyExtent, MirrorInfo } from '../mirror/types.ts'
@@ -178,8 +178,7 @@ export interface View {
 }
 
 async function look(client: Client, { name, mirror }: Subject, output: Output): Promise<View> {
-  const { mirrors: all } = await client.get<StatusInfo>('/v1/status')
-  const ours = all.filter(({ volume }) => volume === name)
+  const { mirrors: ours } = await client.get<MirrorList>(volumePath(name, '/mirrors'))
   const mirrors = mirror === undefined ? ours : ours.filter((each) => each.name === mirror)
   if (mirror !== undefined && mirrors.length === 0)
     throw new UserError('NOT_FOUND', `volume ${name} has no mirror ${mirror}`)

@@ -3,6 +3,7 @@
  *
  * A mirror is called by its volume and its name; where a volume has only one, the name may be left out.
  */
+import { resolve } from 'node:path'
 import type { Argv } from 'yargs'
 import type { MirrorAddBody, MirrorChangeBody, MirrorList } from '../api/types.ts'
 import { assert } from '../base/assert.ts'
@@ -10,6 +11,7 @@ import { parseDuration } from '../base/durations.ts'
 import { UserError } from '../base/errors.ts'
 import { parseSize } from '../base/sizes.ts'
 import type { MirrorInfo, VerifyResult } from '../mirror/types.ts'
+import { formatNbdUri, parseNbdUri } from '../nbd/uri.ts'
 import { type Cli, clientOf, type Globals, type Root } from './cli.ts'
 import { type Client, mirrorPath, volumePath } from './client.ts'
 import { follow, GOALS, reached } from './mirror-follow.ts'
@@ -28,7 +30,7 @@ const INITS = ['realized', 'signature', 'full'] as const
 const LOSSES = ['continue', 'block'] as const
 
 export function mirrorCommands(root: Root, cli: Cli): void {
-  root.command('mirror', 'Mirror volumes to other daemons', (group) => {
+  root.command('mirror', 'Mirror volumes to other daemons and NBD exports', (group) => {
     addCommand(group, cli)
     listCommand(group, cli)
     showCommand(group, cli)
@@ -48,7 +50,7 @@ export function mirrorCommands(root: Root, cli: Cli): void {
 function addCommand(group: Root, cli: Cli): void {
   group.command(
     'add <volume> <peer>',
-    'Mirror a volume to another daemon, which makes the volume where it has none',
+    'Mirror a volume to another daemon, which makes the volume where it has none, or to an NBD export',
     (command) =>
       settings(
         command
@@ -56,7 +58,7 @@ function addCommand(group: Root, cli: Cli): void {
           .positional('peer', {
             type: 'string',
             demandOption: true,
-            describe: 'HOST:PORT of its --link, or the URI of an NBD export',
+            describe: 'HOST:PORT of its --link, or the URI of an NBD export of at least the same size',
           })
           .option('name', {
             type: 'string',
@@ -84,11 +86,12 @@ function addCommand(group: Root, cli: Cli): void {
           describe: 'Show progress until it is in operation',
         })
         .example('fullstripe mirror add data site-b:10810', 'in cycles, every 5 seconds')
-        .example('fullstripe mirror add data site-b:10810 --mode sync --wait', 'every write, to both sides'),
+        .example('fullstripe mirror add data site-b:10810 --mode sync --wait', 'every write, to both sides')
+        .example('fullstripe mirror add data nbd://nas/backup', 'to any NBD server'),
     async (argv) => {
       const client = clientOf(argv)
       const body: MirrorAddBody = {
-        peer: argv.peer,
+        peer: peerOf(argv.peer),
         ...(argv.name === undefined ? {} : { name: argv.name }),
         ...(argv.target === undefined ? {} : { target: argv.target }),
         ...(argv.init === undefined ? {} : { init: argv.init }),
@@ -104,6 +107,15 @@ function addCommand(group: Root, cli: Cli): void {
       cli.output.result(info, () => [stateLine(info)])
     },
   )
+}
+
+/** Paths are those of whoever types them: the daemon runs in another directory. */
+function peerOf(text: string): string {
+  if (!/^nbds?(\+unix)?:/i.test(text)) return text
+  const uri = parseNbdUri(text)
+  const { address } = uri
+  if (address.transport !== 'unix' || address.path.startsWith('\0')) return text
+  return formatNbdUri({ ...uri, address: { transport: 'unix', path: resolve(address.path) } })
 }
 
 /** What may be said when a mirror is added, and changed while it works. */

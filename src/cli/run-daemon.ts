@@ -93,10 +93,12 @@ function announce(daemon: Daemon, cli: Cli): void {
   if (!cli.output.terminal || cli.output.json) return
   const { pool } = daemon.config
   const { kind, engine, threads } = daemon.pool.datapath.description
+  const link = daemon.mirrors.listening
   const threadText = threads > 1 ? `, ${threads} threads` : ''
   for (const line of [
     `fullstripe ${VERSION} serves ${pool} (${kind} datapath, ${engine}${threadText})`,
     ...daemon.listening.map((uri) => `  clients   ${uri}`),
+    ...(link === undefined ? [] : [`  peers     ${link}`]),
     `  control   export FULLSTRIPE_POOL=${pool}`,
     '            fullstripe volume create data --size 10G',
     '            fullstripe status --watch',

@@ -63,6 +63,7 @@ function statusLines(status: StatusInfo, before: StatusInfo | undefined, output:
       `${status.state} for ${duration(uptime)}, version ${status.version}, pid ${status.pid}, ${approximateSize(status.memory)} of memory`,
     ],
     ['listening', status.listen.join(' ')],
+    ...(status.link === null ? [] : [['link', status.link] satisfies [string, string]]),
     [
       'datapath',
       `${datapath.kind} (${datapath.engine}, ${plural(datapath.threads, 'thread')}): ${datapath.reason}`,

@@ -68,7 +68,7 @@ export class CopyMap {
     this.#bits.put(first, end, true)
   }
 
-  /** The volume has another size. What lay past a new end is forgotten; what a longer one adds is not marked. @returns takes that back */
+  /** The volume has another size. What lay past a new end is forgotten; what a longer one adds is not marked here. @returns takes that back */
   resize(unitCount: number): () => void {
     return this.#bits.resize(unitCount)
   }

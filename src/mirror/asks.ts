@@ -45,7 +45,8 @@ export function answerAsk(
     if (message.id === 0) throw new LinkError('BAD_FRAME', 'a question wants an answer')
     let reply: Promise<void>
     try {
-      if (kind === undefined) throw new UserError('REFUSED', `this daemon does not know the question ${asked}`)
+      if (kind === undefined)
+        throw new UserError('REFUSED', `this daemon does not know the question ${asked}`)
       reply = channel.reply(message, 1, json(await answer(kind, body)))
     } catch (error) {
       if (!(error instanceof UserError)) throw error

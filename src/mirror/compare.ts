@@ -87,7 +87,8 @@ export async function compareSides(comparison: Comparison): Promise<Bitmap> {
 
 function take(bitmap: Bitmap, first: number, bytes: Buffer): void {
   for (let bit = 0; bit < bytes.length * 8; bit++) {
-    if (((bytes[bit >> 3] ?? 0) >> (bit & 7)) % 2 === 1 && first + bit < bitmap.length) bitmap.set(first + bit)
+    if (((bytes[bit >> 3] ?? 0) >> (bit & 7)) % 2 === 1 && first + bit < bitmap.length)
+      bitmap.set(first + bit)
   }
 }
 

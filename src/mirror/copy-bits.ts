@@ -67,7 +67,9 @@ export class CopyBits {
   }
   /** Whether the secondary lacks it. */
   lacks(unit: number): boolean {
-    return this.#current.get(unit) || this.#sending.get(unit) || this.#captured.get(unit) || this.#staged.get(unit)
+    return (
+      this.#current.get(unit) || this.#sending.get(unit) || this.#captured.get(unit) || this.#staged.get(unit)
+    )
   }
 
   /** The unit changes. @returns whether it was not lacking before: the disk has to know */
@@ -75,6 +77,12 @@ export class CopyBits {
     const known = this.lacks(unit)
     this.#put('current', this.#current, unit, true)
     return !known
+  }
+
+  /** Units [first, end) change. */
+  changeRange(first: number, end: number): void {
+    this.#current.setRange(first, end)
+    this.#counts.current = this.#current.count()
   }
 
   /** Everything that `bits` has. @returns the units that were not lacking before */
@@ -208,7 +216,12 @@ export class CopyBits {
     }
   }
 
-  #put(kind: 'current' | 'sending' | 'captured' | 'staged', bits: Bitmap, unit: number, value: boolean): void {
+  #put(
+    kind: 'current' | 'sending' | 'captured' | 'staged',
+    bits: Bitmap,
+    unit: number,
+    value: boolean,
+  ): void {
     if (bits.get(unit) === value) return
     if (value) bits.set(unit)
     else bits.clear(unit)

@@ -1,6 +1,7 @@
 import { messageOf, type StoreError } from '../base/errors.ts'
 import type { Upcall } from '../datapath/datapath.ts'
 import type { Volume } from '../volume/volume.ts'
+import type { Forwarding } from '../volume/watchers.ts'
 import { type Remote, RemoteError } from './remote.ts'
 
 /**
@@ -17,9 +18,13 @@ export interface ForwarderHost {
 interface Under {
   readonly offset: number
   readonly length: number
+  /** The other side has it, or it counts as changed. */
+  readonly known: () => void
   readonly resolve: () => void
   readonly reject: (error: StoreError) => void
 }
+
+const FLAG_FAST_ZERO = 1 << 4
 
 export class Forwarder {
   readonly #volume: Volume
@@ -44,19 +49,32 @@ export class Forwarder {
     this.unblock()
   }
 
-  forward(upcall: Upcall): Promise<void> {
+  forward(upcall: Upcall, offset: number, length: number): Forwarding | undefined {
     const remote = this.#remote
-    if (remote === undefined) return this.#block()
-    const { id, kind, flags, offset, length } = upcall
-    if (kind !== 'write' && kind !== 'trim' && kind !== 'zero') return Promise.resolve()
+    // What is not in step counts as changed already.
+    if (remote === undefined) {
+      const answered = this.#block()
+      answered.catch(() => {}) // it is waited for when this side has it
+      return { answered, known: Promise.resolve() }
+    }
+    const { id, kind, flags } = upcall
+    if (kind !== 'write' && kind !== 'trim' && kind !== 'zero') return undefined
     this.count++
-    return new Promise((resolve, reject) => {
-      const under: Under = { offset, length, resolve, reject }
+    let known = (): void => {}
+    const isKnown = new Promise<void>((resolve) => {
+      known = resolve
+    })
+    const answered = new Promise<void>((resolve, reject) => {
+      const under: Under = { offset, length, known, resolve, reject }
       this.#under.add(under)
-      const payload = (from: number, target: Buffer): void => this.#volume.readPayload(id, from, target)
-      remote.apply({ kind, offset, length, flags, payload }).then(
+      const before = offset - upcall.offset
+      const payload = (from: number, target: Buffer): void => this.#volume.readPayload(id, before + from, target)
+      // Whether zeros are fast is decided here: the other side does what this one has begun.
+      remote.apply({ kind, offset, length, flags: flags & ~FLAG_FAST_ZERO, payload }).then(
         () => {
-          if (this.#under.delete(under)) resolve()
+          if (!this.#under.delete(under)) return
+          known()
+          resolve()
         },
         (error: unknown) => {
           if (!(error instanceof RemoteError)) throw error
@@ -66,13 +84,15 @@ export class Forwarder {
         },
       )
     })
+    answered.catch(() => {}) // it is waited for when this side has it
+    return { answered, known: isKnown }
   }
 
   flush(): Promise<void> {
     const remote = this.#remote
     if (remote === undefined) return this.#block()
     return new Promise((resolve, reject) => {
-      const under: Under = { offset: 0, length: 0, resolve, reject }
+      const under: Under = { offset: 0, length: 0, known: () => {}, resolve, reject }
       this.#under.add(under)
       remote.flush().then(
         () => {
@@ -94,7 +114,8 @@ export class Forwarder {
     const all = [...this.#under]
     this.#under.clear()
     for (const { offset, length } of all) if (length > 0) this.#host.changed(offset, length)
-    for (const { resolve, reject } of all) {
+    for (const { known, resolve, reject } of all) {
+      known()
       if (block) this.#blocked.push({ resolve, reject })
       else resolve()
     }

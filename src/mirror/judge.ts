@@ -20,7 +20,10 @@ export type Verdict =
 export function judge(record: MirrorRecord, own: GenerationRecord, hello: RemoteHello): Verdict {
   const { clean, base, cycle } = record
   if (hello.role === 'primary') {
-    return { kind: 'splitbrain', reason: 'both sides are primary: settle it with `mirror resolve --discard local|remote`' }
+    return {
+      kind: 'splitbrain',
+      reason: 'both sides are primary: settle it with `mirror resolve --discard local|remote`',
+    }
   }
   if (!clean) return { kind: 'compare', init: record.init, reason: 'the sides were not compared yet' }
   if (hello.cycle < cycle) {

@@ -46,7 +46,7 @@ interface Under {
 
 /** A write larger than this travels in pieces. */
 const PIECE_BYTES = 256 * 1024
-const BATCH_BYTES = LIMITS.linkPayloadMax - 16 * 1024
+const BATCH_BYTES = 32 * 1024
 const BATCH_COUNT = 512
 
 export class LinkRemote implements Remote {
@@ -144,6 +144,10 @@ export class LinkRemote implements Remote {
     await this.#ask(this.#control, MESSAGE.flush, json({}))
   }
 
+  async fence(): Promise<void> {
+    await this.#ask(this.#control, MESSAGE.fence, json({}))
+  }
+
   tell(state: string): void {
     if (this.#over === undefined) this.#control.send(MESSAGE.state, json({ state })).catch(() => {})
   }
@@ -217,7 +221,8 @@ export class LinkRemote implements Remote {
   }
 
   #take({ type, payload }: Message): void {
-    if (type !== MESSAGE.ends) throw new LinkError('BAD_FRAME', `a secondary does not send messages of type ${type}`)
+    if (type !== MESSAGE.ends)
+      throw new LinkError('BAD_FRAME', `a secondary does not send messages of type ${type}`)
     for (const { id, errno } of readEnds(payload)) {
       const under = this.#under.get(id)
       if (under === undefined) throw new LinkError('BAD_FRAME', `operation ${id} ends, and was not begun`)
@@ -226,7 +231,8 @@ export class LinkRemote implements Remote {
       if (errno !== 0) under.errno = errno
       if (under.pieces > 0) continue
       if (under.errno === 0) under.resolve()
-      else under.reject(new RemoteError('refused', `the peer's volume answers with ${errnoName(under.errno)}`))
+      else
+        under.reject(new RemoteError('refused', `the peer's volume answers with ${errnoName(under.errno)}`))
     }
   }
 

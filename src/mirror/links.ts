@@ -4,12 +4,13 @@ import { LIMITS } from '../base/limits.ts'
 import { formatLinkAddress, parseLinkAddress } from '../link/address.ts'
 import { LinkClient } from '../link/client.ts'
 import { LinkError } from '../link/errors.ts'
-import { openIdentity } from '../link/identity.ts'
+import { type Identity, openIdentity } from '../link/identity.ts'
 import type { LinkLog, LinkOptions } from '../link/options.ts'
-import { FilePeers } from '../link/peers.ts'
+import { FilePeers, type PeerStore } from '../link/peers.ts'
 import { openSecurity, type SecurityOptions } from '../link/security.ts'
 import { LinkServer } from '../link/server.ts'
 import type { Session } from '../link/session.ts'
+import type { Wire } from '../link/transport.ts'
 
 /**
  * The links of one daemon to others: who it is (POOL/identity), whom it knows (POOL/peers.json), where it listens, and one client
@@ -26,6 +27,18 @@ export interface LinksOptions {
   readonly connections?: number
   /** @param address that this side dialled; undefined: the peer did */
   onSession(session: Session, address: string | undefined): void
+  /** In the place of files and sockets: a simulation's. */
+  readonly world?: LinkWorld
+}
+
+export interface LinkWorld {
+  readonly identity: Identity
+  readonly peers: PeerStore
+  /** Every stream that comes goes to `take`. */
+  listen(take: (wire: Wire) => void): void
+  /** @throws LinkError */
+  dial(address: string): Promise<Wire>
+  random(): number
 }
 
 interface Dialled {
@@ -44,13 +57,13 @@ export class Links {
 
   /** @throws UserError what is wrong with keys, certificates, or the address */
   static async open(options: LinksOptions): Promise<Links> {
-    const { directory, name, software, log } = options
+    const { directory, name, software, log, world } = options
     const link: LinkOptions = {
-      identity: await openIdentity(join(directory, 'identity')),
+      identity: world?.identity ?? (await openIdentity(join(directory, 'identity'))),
       name,
       software,
       security: await openSecurity(options.security),
-      peers: await FilePeers.open(join(directory, 'peers.json')),
+      peers: world?.peers ?? (await FilePeers.open(join(directory, 'peers.json'))),
       capabilities: [{ name: 'mirror-1', required: true }],
       log,
     }
@@ -68,24 +81,30 @@ export class Links {
 
   /** HOST:PORT as bound. */
   get listening(): string | undefined {
+    if (this.#options.world !== undefined) return this.#options.listen
     return this.#server === undefined ? undefined : formatLinkAddress(this.#server.address)
   }
 
   /** Takes peers from now on. @throws UserError */
   async listen(): Promise<void> {
-    const { listen } = this.#options
+    const { listen, world } = this.#options
     if (listen === undefined) return
     const { host, port } = parseLinkAddress(listen, 'link', 0)
+    const onSession = (session: Session): void => this.#options.onSession(session, undefined)
+    const options = { ...this.#link, host, port, onSession }
+    if (world !== undefined) {
+      const server = new LinkServer(options)
+      this.#server = server
+      world.listen((wire) => server.take(wire))
+      return
+    }
     try {
-      this.#server = await LinkServer.listen({
-        ...this.#link,
-        host,
-        port,
-        onSession: (session) => this.#options.onSession(session, undefined),
-      })
+      this.#server = await LinkServer.listen(options)
     } catch (error) {
       if (!(error instanceof LinkError)) throw error
-      throw new UserError('FAILED', `cannot listen for peers on ${listen}: ${error.message}`, { cause: error })
+      throw new UserError('FAILED', `cannot listen for peers on ${listen}: ${error.message}`, {
+        cause: error,
+      })
     }
   }
 
@@ -101,8 +120,10 @@ export class Links {
     const tell = (outcome: Session | LinkError): void => {
       for (const each of [...waiting]) each(outcome)
     }
+    const { world } = this.#options
     const client = LinkClient.connect({
       ...this.#link,
+      ...(world === undefined ? {} : { dial: () => world.dial(address), random: () => world.random() }),
       host,
       port,
       peerName: address,

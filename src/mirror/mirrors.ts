@@ -11,8 +11,9 @@ import type { ChannelOffer, Session } from '../link/session.ts'
 import type { MirrorRecord } from '../metadata/records.ts'
 import type { Pool } from '../volume/pool.ts'
 import type { Volume } from '../volume/volume.ts'
-import { answerAsk, type AskKind, ask } from './asks.ts'
-import { Links } from './links.ts'
+import { type AskKind, answerAsk, ask } from './asks.ts'
+import { Links, type LinkWorld } from './links.ts'
+import { NbdTargets, parseNbdTarget } from './nbd-targets.ts'
 import { CHANNELS } from './protocol.ts'
 import { Relation, type RelationHost } from './relation.ts'
 import type {
@@ -37,6 +38,8 @@ export interface MirrorsOptions {
   readonly software: string
   readonly connections?: number
   event(level: 'info' | 'warn' | 'error', kind: string, object: string, message: string): void
+  /** In the place of files and sockets: a simulation's. */
+  readonly world?: LinkWorld
 }
 
 interface KnownSession {
@@ -49,7 +52,10 @@ export class Mirrors implements MirrorControl {
   readonly #pool: Pool
   readonly #relations = new Map<number, Relation>()
   readonly #sessions = new Set<KnownSession>()
+  readonly #targets = new NbdTargets()
   readonly #host: RelationHost
+  /** Opened when they are needed: a daemon without mirrors has no identity. */
+  #opening: Promise<Links> | undefined
   #links: Links | undefined
 
   /** @throws UserError */
@@ -64,15 +70,9 @@ export class Mirrors implements MirrorControl {
       await relation.start()
       await mirrors.#acknowledge(relation)
     }
-    mirrors.#links = await Links.open({
-      directory: pool.directory,
-      name: options.link.name,
-      listen: options.link.listen,
-      security: options.link,
-      software: options.software,
-      log: options.log,
-      ...(options.connections === undefined ? {} : { connections: options.connections }),
-      onSession: (session, address) => mirrors.#onSession(session, address),
+    pool.onDelete({
+      leaves: (volume) => mirrors.#leave(volume),
+      stays: (volume) => mirrors.#stay(volume),
     })
     return mirrors
   }
@@ -99,10 +99,13 @@ export class Mirrors implements MirrorControl {
 
   /** Peers are let in, and dialled. @throws UserError */
   async listen(): Promise<void> {
-    await this.#link.listen()
-    for (const { record } of this.#relations.values()) {
-      if (record.kind === 'link' && record.address !== null) this.#link.dial(record.address)
-    }
+    for (const relation of this.#relations.values())
+      if (relation.record.kind === 'nbd') this.#targets.start(relation)
+    const linked = [...this.#relations.values()].filter(({ record }) => record.kind === 'link')
+    if (this.#options.link.listen === undefined && linked.length === 0) return
+    const links = await this.#link()
+    await links.listen()
+    for (const { record } of linked) if (record.address !== null) links.dial(record.address)
   }
 
   get listening(): string | undefined {
@@ -110,7 +113,10 @@ export class Mirrors implements MirrorControl {
   }
 
   async close(): Promise<void> {
-    await Promise.all([...this.#relations.values()].map((relation) => relation.disconnect('the daemon stops')))
+    await Promise.all(
+      [...this.#relations.values()].map((relation) => relation.disconnect('the daemon stops')),
+    )
+    await this.#targets.close('the daemon stops')
     await this.#links?.close()
   }
 
@@ -131,9 +137,10 @@ export class Mirrors implements MirrorControl {
     const settings = this.#checkAdd(volume, options)
     if (settings.kind === 'nbd') return this.#addNbd(volume, options, settings)
     const { address } = settings
-    this.#link.dial(address)
+    const links = await this.#link()
+    links.dial(address)
     try {
-      const session = await this.#link.session(address)
+      const session = await links.session(address)
       const name = options.name ?? uniqueName(session.peer.name)
       this.#checkName(volume, name)
       const relation = randomUUID()
@@ -166,7 +173,7 @@ export class Mirrors implements MirrorControl {
         throw error
       }
     } catch (error) {
-      await this.#link.release(address)
+      await links.release(address)
       throw asUserError(error, `volume ${volume.name} was not mirrored to ${address}`)
     }
   }
@@ -187,7 +194,9 @@ export class Mirrors implements MirrorControl {
   async resume(volume: string, name?: string): Promise<MirrorInfo> {
     const relation = this.#primaryOf(volume, name)
     await relation.primary?.resume()
-    if (relation.record.address !== null && relation.record.kind === 'link') this.#link.retry(relation.record.address)
+    this.#targets.retry(relation.record.id)
+    if (relation.record.address !== null && relation.record.kind === 'link')
+      this.#links?.retry(relation.record.address)
     return relation.info()
   }
 
@@ -197,7 +206,7 @@ export class Mirrors implements MirrorControl {
     // The other side cannot be asked, or not now: it has to be told there.
     const told = kind === 'nbd' ? undefined : await relation.ask('remove').then(() => true, userFailure)
     await this.#drop(relation)
-    if (kind === 'link' && address !== null) await this.#link.release(address)
+    if (kind === 'link' && address !== null) await this.#links?.release(address)
     const left = told === false ? '; the other side could not be told: remove the mirror there, too' : ''
     this.#options.event('info', 'mirror.removed', relation.object, `the mirror is removed${left}`)
   }
@@ -217,7 +226,10 @@ export class Mirrors implements MirrorControl {
   async resolve(volume: string, name: string | undefined, discard: 'local' | 'remote'): Promise<MirrorInfo> {
     const relation = this.#find(volume, name)
     if (!relation.isPrimary || relation.state !== 'splitbrain') {
-      throw new UserError('REFUSED', `mirror ${relation.object} is ${relation.state}: there is no split brain to settle`)
+      throw new UserError(
+        'REFUSED',
+        `mirror ${relation.object} is ${relation.state}: there is no split brain to settle`,
+      )
     }
     if (discard === 'local') {
       await relation.yield()
@@ -229,7 +241,11 @@ export class Mirrors implements MirrorControl {
     return relation.info()
   }
 
-  async verify(volume: string, name: string | undefined, options: { repair?: boolean } = {}): Promise<MirrorInfo> {
+  async verify(
+    volume: string,
+    name: string | undefined,
+    options: { repair?: boolean } = {},
+  ): Promise<MirrorInfo> {
     const relation = this.#primaryOf(volume, name)
     relation.primary?.verify(options.repair === true)
     return relation.info()
@@ -277,7 +293,8 @@ export class Mirrors implements MirrorControl {
       return
     }
     if (offer.name === CHANNELS.control) relation.serve(offer.accept())
-    else if (offer.name === CHANNELS.data) relation.serveData(offer.accept({ window: LIMITS.mirrorDataWindow }))
+    else if (offer.name === CHANNELS.data)
+      relation.serveData(offer.accept({ window: LIMITS.mirrorDataWindow }))
     else offer.refuse(`this daemon knows no channel ${offer.name}`)
   }
 
@@ -298,7 +315,12 @@ export class Mirrors implements MirrorControl {
     }
     if (kind === 'remove') {
       await this.#drop(relation)
-      this.#options.event('info', 'mirror.removed', relation.object, `${session.peer.name} removed the mirror`)
+      this.#options.event(
+        'info',
+        'mirror.removed',
+        relation.object,
+        `${session.peer.name} removed the mirror`,
+      )
     } else if (kind === 'yield') {
       await relation.yield()
     } else {
@@ -370,7 +392,8 @@ export class Mirrors implements MirrorControl {
     if (volume.size !== size) refuse(`it has ${formatSize(volume.size)} here and ${formatSize(size)} there`)
     if (record.fill !== fill) refuse(`its fill byte is ${record.fill} here and ${fill} there`)
     const { sessions } = volume.info()
-    if (sessions > 0) refuse(`it has ${sessions} connected client${sessions > 1 ? 's' : ''}: detach them first`)
+    if (sessions > 0)
+      refuse(`it has ${sessions} connected client${sessions > 1 ? 's' : ''}: detach them first`)
   }
 
   // ---- the book
@@ -402,7 +425,9 @@ export class Mirrors implements MirrorControl {
       const relation = new Relation(this.#host, volume, stored)
       this.#relations.set(stored.record.id, relation)
       await relation.start()
-      const text = primary ? `mirrored to ${record.peer.name}` : `mirror of ${record.peer.volume} of ${record.peer.name}`
+      const text = primary
+        ? `mirrored to ${record.peer.name}`
+        : `mirror of ${record.peer.volume} of ${record.peer.name}`
       this.#options.event('info', 'mirror.added', relation.object, text)
       return relation
     } catch (error) {
@@ -411,9 +436,33 @@ export class Mirrors implements MirrorControl {
     }
   }
 
+  /** The volume is deleted by force, and its mirrors with it: the other sides are not told. */
+  async #leave(volume: Volume): Promise<void> {
+    for (const relation of [...this.#relations.values()].filter((known) => known.volume === volume)) {
+      const { id, kind, address } = relation.record
+      await relation.close('the volume is deleted')
+      await this.#targets.end(id, 'the volume is deleted')
+      this.#relations.delete(id)
+      if (kind === 'link' && address !== null) await this.#links?.release(address)
+    }
+  }
+
+  async #stay(volume: Volume): Promise<void> {
+    for (const stored of this.#pool.mirrors.of(volume.record.id)) {
+      const relation = new Relation(this.#host, volume, stored)
+      this.#relations.set(stored.record.id, relation)
+      await relation.start()
+      const { kind, address } = stored.record
+      if (kind === 'nbd') this.#targets.start(relation)
+      else if (address !== null) this.#links?.dial(address)
+      relation.retry()
+    }
+  }
+
   async #drop(relation: Relation): Promise<void> {
     const { id, role, relation: uuid } = relation.record
     await relation.close('the mirror is removed')
+    await this.#targets.end(id, 'the mirror is removed')
     await this.#pool.mirrors.remove(id, role === 'secondary' ? { secondaryOf: undefined } : {})
     this.#relations.delete(id)
     await relation.volume.releaseIntents(needOf(uuid))
@@ -421,9 +470,30 @@ export class Mirrors implements MirrorControl {
 
   // ---- finding and checking
 
-  get #link(): Links {
-    if (this.#links === undefined) throw new UserError('FAILED', 'the link is not open yet')
-    return this.#links
+  /** @throws UserError what is wrong with keys or certificates */
+  #link(): Promise<Links> {
+    const { pool, link, software, log, connections, world } = this.#options
+    this.#opening ??= Links.open({
+      directory: pool.directory,
+      name: link.name,
+      listen: link.listen,
+      security: link,
+      software,
+      log,
+      ...(connections === undefined ? {} : { connections }),
+      ...(world === undefined ? {} : { world }),
+      onSession: (session, address) => this.#onSession(session, address),
+    }).then(
+      (links) => {
+        this.#links = links
+        return links
+      },
+      (error: unknown) => {
+        this.#opening = undefined // it may be mended by the next time
+        throw error
+      },
+    )
+    return this.#opening
   }
 
   #find(volumeName: string, name: string | undefined): Relation {
@@ -433,7 +503,10 @@ export class Mirrors implements MirrorControl {
     const [only] = found
     if (only === undefined) {
       const what = name === undefined ? 'no mirror' : `no mirror ${name}`
-      throw new UserError('NOT_FOUND', `volume ${volumeName} has ${what}: see them with: fullstripe mirror list`)
+      throw new UserError(
+        'NOT_FOUND',
+        `volume ${volumeName} has ${what}: see them with: fullstripe mirror list`,
+      )
     }
     if (found.length > 1) {
       const names = found.map(({ record }) => record.name).join(', ')
@@ -445,24 +518,34 @@ export class Mirrors implements MirrorControl {
   #primaryOf(volume: string, name: string | undefined): Relation {
     const relation = this.#find(volume, name)
     if (!relation.isPrimary) {
-      throw new UserError('REFUSED', `mirror ${relation.object}: this side is the secondary: ask the primary, ${relation.record.peer.name}`)
+      throw new UserError(
+        'REFUSED',
+        `mirror ${relation.object}: this side is the secondary: ask the primary, ${relation.record.peer.name}`,
+      )
     }
     return relation
   }
 
   #checkAdd(volume: Volume, options: MirrorAddOptions) {
     const what = `volume ${volume.name}`
-    if (volume.isSecondary) throw new UserError('REFUSED', `${what} is a secondary: mirror it from its primary`)
+    if (volume.isSecondary)
+      throw new UserError('REFUSED', `${what} is a secondary: mirror it from its primary`)
     const count = this.#pool.mirrors.of(volume.record.id).length
     if (count >= LIMITS.mirrorsPerVolumeMax) {
-      throw new UserError('REFUSED', `${what} has ${count} mirrors, which is the most it can have: remove one first`)
+      throw new UserError(
+        'REFUSED',
+        `${what} has ${count} mirrors, which is the most it can have: remove one first`,
+      )
     }
     checkTimes(options, what)
     const name = options.name
     if (name !== undefined && !NAME.test(name)) {
-      throw new UserError('USAGE', `${what}: a mirror's name has 1 to 64 letters, digits, and . _ - in between`)
+      throw new UserError(
+        'USAGE',
+        `${what}: a mirror's name has 1 to 64 letters, digits, and . _ - in between`,
+      )
     }
-    const nbd = /^nbds?(\+unix)?:/.test(options.peer)
+    const nbd = /^nbds?(\+unix)?:/i.test(options.peer)
     if (!nbd) parseLinkAddress(options.peer, 'the peer')
     return {
       role: 'primary' as const,
@@ -478,11 +561,45 @@ export class Mirrors implements MirrorControl {
 
   #checkName(volume: Volume, name: string): void {
     if (this.#pool.mirrors.of(volume.record.id).every(({ record }) => record.name !== name)) return
-    throw new UserError('EXISTS', `volume ${volume.name} has a mirror ${name} already: choose another name with --name`)
+    throw new UserError(
+      'EXISTS',
+      `volume ${volume.name} has a mirror ${name} already: choose another name with --name`,
+    )
   }
 
-  async #addNbd(volume: Volume, _options: MirrorAddOptions, _settings: unknown): Promise<MirrorInfo> {
-    throw new UserError('REFUSED', `volume ${volume.name}: NBD targets are not there yet`)
+  /** The export has the volume's size or more; what lies behind the volume's end stays as it is. */
+  async #addNbd(
+    volume: Volume,
+    options: MirrorAddOptions,
+    settings: Pick<MirrorRecord, 'role' | 'kind' | 'mode' | 'init' | 'intervalMs' | 'onLoss' | 'rate'>,
+  ): Promise<MirrorInfo> {
+    const { uri, exportName, name: common } = parseNbdTarget(options.peer)
+    if (options.target !== undefined)
+      throw new UserError('USAGE', `${uri}: the URI names the export, --target is for volumes of daemons`)
+    const name = options.name ?? uniqueName(common)
+    this.#checkName(volume, name)
+    for (const { record, object } of this.#relations.values()) {
+      if (record.address === uri)
+        throw new UserError('EXISTS', `${uri} is the target of mirror ${object} already`)
+    }
+    const { unitBytes } = volume
+    const remote = await this.#targets.open(volume, uri, unitBytes)
+    try {
+      const peer = { name: uri, fingerprint: null, volume: exportName }
+      const added = await this.#store(volume, {
+        relation: randomUUID(),
+        name,
+        peer,
+        unitBytes,
+        ...settings,
+        address: uri,
+      })
+      this.#targets.start(added, remote)
+      return added.info()
+    } catch (error) {
+      remote.close('the mirror was not added')
+      throw error
+    }
   }
 
   #ask(session: Session, kind: AskKind, body: Record<string, unknown>): Promise<Fields> {
@@ -495,7 +612,10 @@ const NAME = /^[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?$/
 
 /** Of a peer's name, for the mirror's. */
 function uniqueName(peer: string): string {
-  const name = peer.replace(/[^A-Za-z0-9._-]+/g, '-').slice(0, 64).replace(/^[^A-Za-z0-9]+|[^A-Za-z0-9]+$/g, '')
+  const name = peer
+    .replace(/[^A-Za-z0-9._-]+/g, '-')
+    .slice(0, 64)
+    .replace(/^[^A-Za-z0-9]+|[^A-Za-z0-9]+$/g, '')
   return name === '' ? 'mirror' : name
 }
 
@@ -505,7 +625,10 @@ function needOf(relation: string): string {
 
 function checkTimes({ intervalMs, rate }: MirrorChange, what: string): void {
   const { mirrorIntervalMsMin: min, mirrorIntervalMsMax: max } = LIMITS
-  if (intervalMs !== undefined && !(Number.isSafeInteger(intervalMs) && intervalMs >= min && intervalMs <= max)) {
+  if (
+    intervalMs !== undefined &&
+    !(Number.isSafeInteger(intervalMs) && intervalMs >= min && intervalMs <= max)
+  ) {
     throw new UserError('USAGE', `${what}: the interval has to be ${min} ms to 24 h`)
   }
   if (rate !== undefined && rate !== null && !(Number.isSafeInteger(rate) && rate > 0)) {
@@ -518,7 +641,9 @@ function compare(a: string, b: string): number {
 }
 
 function asUserError(error: unknown, what: string): unknown {
-  return error instanceof LinkError ? new UserError('FAILED', `${what}: ${error.message}`, { cause: error }) : error
+  return error instanceof LinkError
+    ? new UserError('FAILED', `${what}: ${error.message}`, { cause: error })
+    : error
 }
 
 /** For what may fail without harm, because the other side cannot be asked. */

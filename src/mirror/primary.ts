@@ -6,7 +6,7 @@ import { RateLimit } from '../link/rate-limit.ts'
 import type { GenerationRecord, MirrorRecord } from '../metadata/records.ts'
 import type { MirrorBook, StoredMirror } from '../volume/mirror-book.ts'
 import type { Volume } from '../volume/volume.ts'
-import type { ChangeWatcher } from '../volume/watchers.ts'
+import type { ChangeWatcher, Forwarding } from '../volume/watchers.ts'
 import { compareSides } from './compare.ts'
 import { CopyBits } from './copy-bits.ts'
 import { Counters, Speed } from './counters.ts'
@@ -15,8 +15,10 @@ import { judge } from './judge.ts'
 import { type CommitInfo, type PrimaryHello, type Remote, RemoteError, type RemoteHello } from './remote.ts'
 import { Saves } from './saves.ts'
 import { Sender } from './sender.ts'
+import { type Range, signaturesOf } from './signatures.ts'
 import { type MirrorState, MirrorStates } from './state.ts'
 import type { MirrorLag, MirrorProgress, VerifyResult } from './types.ts'
+import { Verification } from './verify.ts'
 
 /**
  * The primary's side of a mirror: notes every change of the volume, and brings it to the secondary.
@@ -36,6 +38,13 @@ export interface PrimaryHost {
   readonly stored: StoredMirror
   onState(state: MirrorState, before: MirrorState, reason: string | null): void
   onTrouble(kind: string, message: string): void
+}
+
+/** Signatures of both sides that somebody wants of one point in time. */
+interface PointWanted {
+  readonly ranges: readonly Range[]
+  readonly resolve: (signatures: { ours: Buffer; theirs: Buffer }) => void
+  readonly reject: (error: unknown) => void
 }
 
 /** Why a session's run is interrupted from this side. */
@@ -69,17 +78,23 @@ export class Primary implements ChangeWatcher {
   #suspended = false // nothing is done with the session for now
   #parked = true
   #parkWaiters: (() => void)[] = []
+  #size: number // bytes of the volume
+  #agreedSize: number | undefined // that the secondary had when it was last met
   #refusal: RemoteError | undefined // of a request that went to both sides
 
   #closedAt = 0 // of the last cycle that began, performance.now()
   #imageAt: number | undefined // of the secondary's content
   #behindSince: number | undefined // when the first change came that the secondary lacks
+  #verification: Verification | undefined
+  #verifying: { readonly done: number; readonly total: number; readonly speed: Speed } | undefined
+  #points: PointWanted[] = []
   #progress: { what: MirrorProgress['what']; total: number; speed: Speed; from: number } | undefined
 
   constructor(host: PrimaryHost) {
     this.#host = host
     const { record, map } = host.stored
     this.bits = new CopyBits(map.unitCount)
+    this.#size = host.volume.size
     this.bits.changeAll(map.bits)
     this.states = new MirrorStates(record.paused ? 'paused' : 'connecting', (state, before, reason) => {
       host.onState(state, before, reason)
@@ -128,8 +143,8 @@ export class Primary implements ChangeWatcher {
     return this.#forwarder.following || this.#blocks
   }
 
-  forward(upcall: Upcall): Promise<void> | undefined {
-    return this.#forwarder.following || this.#blocks ? this.#forwarder.forward(upcall) : undefined
+  forward(upcall: Upcall, offset: number, length: number): Forwarding | undefined {
+    return this.#forwarder.following || this.#blocks ? this.#forwarder.forward(upcall, offset, length) : undefined
   }
 
   failedHere({ offset, length }: Upcall): void {
@@ -150,7 +165,12 @@ export class Primary implements ChangeWatcher {
 
   /** A session with the secondary; an earlier one is over. */
   attach(remote: Remote): void {
-    this.#remote?.close('another session takes its place')
+    const old = this.#remote
+    if (old !== undefined) {
+      // Here, not when it tells of its end: by then it is not the mirror's any more.
+      this.#lost(old, new RemoteError('lost', 'another session takes its place'))
+      old.close('another session takes its place')
+    }
     const before = this.#run
     this.#remote = remote
     this.#interrupt = undefined
@@ -176,6 +196,7 @@ export class Primary implements ChangeWatcher {
     await this.#save({ paused: true })
     await this.#halt('paused')
     this.#enter('paused')
+    this.#forwarder.unblock()
   }
 
   async resume(): Promise<void> {
@@ -185,7 +206,9 @@ export class Primary implements ChangeWatcher {
     this.#again('resumed')
   }
 
-  async change(change: Partial<Pick<MirrorRecord, 'mode' | 'intervalMs' | 'onLoss' | 'rate'>>): Promise<void> {
+  async change(
+    change: Partial<Pick<MirrorRecord, 'mode' | 'intervalMs' | 'onLoss' | 'rate'>>,
+  ): Promise<void> {
     const { mode, onLoss } = this.record
     await this.#save(change)
     if (change.rate !== undefined) this.#limit.set(change.rate ?? undefined)
@@ -209,9 +232,15 @@ export class Primary implements ChangeWatcher {
     }
   }
 
+  /** The secondary answered to it, and may have lost it since. */
+  missed(offset: number, length: number): void {
+    this.#changedRange(offset, length)
+  }
+
   /** Something was settled: goes on at once. */
   retry(): void {
     this.#retryMs = LIMITS.mirrorRetryMsMin
+    if (this.states.state === 'splitbrain') this.#enter(this.#idleState())
     this.#again('another attempt was asked for')
   }
 
@@ -270,7 +299,10 @@ export class Primary implements ChangeWatcher {
         if (error instanceof Interrupted) continue
         const reason = messageOf(error)
         if (error instanceof RemoteError) {
-          if (error.fate === 'lost') break
+          if (error.fate === 'lost') {
+            remote.close(reason) // where it is not over yet
+            break
+          }
           if (error.fate === 'splitbrain') this.#enter('splitbrain', reason)
           else this.#enter(this.#idleState(), reason)
         } else if (error instanceof StoreError || error instanceof UserError) {
@@ -285,6 +317,7 @@ export class Primary implements ChangeWatcher {
         this.#breakCycle(true)
       }
     }
+    for (const { reject } of this.#points.splice(0)) reject(new Interrupted('the session is over'))
     this.#park()
   }
 
@@ -296,7 +329,7 @@ export class Primary implements ChangeWatcher {
 
   /** Until somebody calls `#wake`, or so long. */
   async #idle(ms?: number): Promise<void> {
-    if (this.#remote === undefined || this.#closed || this.#interrupt !== undefined) return
+    if (this.#remote === undefined || this.#closed || this.#interrupt !== undefined || this.#refusal !== undefined) return
     await new Promise<void>((resolve) => {
       const timer = ms === undefined ? undefined : setTimeout(resolve, ms)
       this.#wake = () => {
@@ -331,10 +364,16 @@ export class Primary implements ChangeWatcher {
   }
 
   sizeChanged(): void {
-    const units = Math.ceil(this.#host.volume.size / this.record.unitBytes)
-    if (units !== this.bits.unitCount) {
+    const { size } = this.#host.volume
+    const before = this.#size
+    const { unitCount } = this.bits
+    this.#size = size
+    if (size !== before) {
       this.#breakCycle(false)
+      const units = Math.ceil(size / this.record.unitBytes)
       this.bits.resize(units)
+      // As in MirrorBook.resize, unless the secondary had the size before: then it cut off the same, or follows.
+      if (before !== this.#agreedSize || size < before) this.bits.changeRange(Math.min(unitCount, units) - 1, units)
     }
     this.#suspended = false
     this.#again('the volume has another size')
@@ -348,6 +387,7 @@ export class Primary implements ChangeWatcher {
     const hello = await remote.hello(this.#introduce())
     this.#hello = hello
     this.#throwIfInterrupted()
+    this.#agreedSize = hello.size
     const verdict = judge(this.record, this.#generation(), hello)
     if (verdict.kind === 'splitbrain') throw new RemoteError('splitbrain', verdict.reason)
     if (hello.stage !== this.#stageToken) this.#newStage(hello.stage)
@@ -381,6 +421,7 @@ export class Primary implements ChangeWatcher {
       { clean: true, base: this.#generation().current, initialized: hello.consistent },
       { bits: this.bits.union() },
     )
+    this.#throwIfInterrupted()
     if (this.bits.total > 0) this.#behindSince ??= performance.now()
     this.#retryMs = LIMITS.mirrorRetryMsMin
     if (!this.record.initialized) await this.#copy(remote)
@@ -389,10 +430,11 @@ export class Primary implements ChangeWatcher {
   }
 
   #introduce(): PrimaryHello {
-    const { base, cycle, initialized, mode, unitBytes } = this.record
+    const { base, cycle, initialized, mode, intervalMs, onLoss, unitBytes } = this.record
     const { size } = this.#host.volume
     const changed = this.bits.total * unitBytes
-    return { generation: this.#generation(), base, cycle, size, initialized, changed, mode, unitBytes }
+    const settings = { mode, intervalMs, onLoss, unitBytes }
+    return { generation: this.#generation(), base, cycle, size, initialized, changed, ...settings }
   }
 
   /** The secondary has lost what was staged. */
@@ -421,6 +463,7 @@ export class Primary implements ChangeWatcher {
     }
     await this.#cycle(remote, 'copying')
     await this.#save({ initialized: true })
+    this.#throwIfInterrupted()
   }
 
   async #async(remote: Remote): Promise<void> {
@@ -428,12 +471,12 @@ export class Primary implements ChangeWatcher {
     for (;;) {
       const due = this.#closedAt + this.record.intervalMs
       const now = performance.now()
-      if (now < due) {
+      if (now < due && this.#points.length === 0) {
         await this.#idle(due - now)
         this.#throwIfInterrupted()
         continue
       }
-      if (this.bits.total === 0) {
+      if (this.bits.total === 0 && this.#points.length === 0) {
         this.#closedAt = now
         this.#imageAt = now
       } else {
@@ -454,6 +497,7 @@ export class Primary implements ChangeWatcher {
       patience *= 2
     }
     this.#progress = undefined
+    this.#throwIfInterrupted()
     this.#enter('insync')
     await this.#idle()
     this.#throwIfInterrupted()
@@ -474,6 +518,8 @@ export class Primary implements ChangeWatcher {
       }, patienceMs)
       try {
         await sender.run()
+        clearTimeout(timer)
+        late = false
         await this.#commit(remote, { consistent: true, follow: true })
         assert(this.bits.total === 0, 'both sides are equal')
         this.#forwarder.follow(remote)
@@ -490,24 +536,43 @@ export class Primary implements ChangeWatcher {
 
   /** One cycle: a point in time of this volume becomes the secondary's content. */
   async #cycle(remote: Remote, what: 'copying' | 'cycle'): Promise<void> {
-    await this.#close(true)
-    this.#show(what, 0, this.#cycleBytes())
-    await this.#sender?.run()
-    await this.#commit(remote, { consistent: true })
-    this.#sender = undefined
-    this.#progress = undefined
+    const points = this.#points.splice(0)
+    try {
+      const ours = await this.#close(true, points)
+      this.#show(what, 0, this.#cycleBytes())
+      await this.#sender?.run()
+      await this.#commit(remote, { consistent: true })
+      this.#sender = undefined
+      this.#progress = undefined
+      for (const [index, { ranges, resolve }] of points.entries()) {
+        const own = ours[index]
+        assert(own !== undefined, 'signatures of a point in time')
+        resolve({ ours: own, theirs: await remote.signatures(ranges) })
+      }
+    } catch (error) {
+      for (const { reject } of points) reject(error)
+      throw error
+    }
   }
 
-  async #close(strict: boolean): Promise<void> {
+  /** @returns this side's signatures of each of `points`, as of the close */
+  async #close(strict: boolean, points: readonly PointWanted[] = []): Promise<Buffer[]> {
     this.#throwIfInterrupted()
     const remote = this.#remote
     if (remote === undefined) throw new Interrupted('the session is over')
-    await this.#host.volume.quiesce(() => {
+    const { volume } = this.#host
+    const signatures: Buffer[] = []
+    await volume.quiesce(async () => {
+      for (const { ranges } of points) {
+        signatures.push(await signaturesOf(ranges, (offset, target) => volume.read(offset, target)))
+      }
+      this.#throwIfInterrupted()
       this.bits.close()
       this.#closedAt = performance.now()
       this.#newSender(remote, strict)
     })
     this.#throwIfInterrupted()
+    return signatures
   }
 
   #newSender(remote: Remote, strict: boolean): Sender {
@@ -538,7 +603,10 @@ export class Primary implements ChangeWatcher {
     return this.#sender
   }
 
-  async #commit(remote: Remote, { consistent, follow = false }: { consistent: boolean; follow?: boolean }): Promise<void> {
+  async #commit(
+    remote: Remote,
+    { consistent, follow = false }: { consistent: boolean; follow?: boolean },
+  ): Promise<void> {
     const cycle = this.record.cycle + 1
     await remote.commit(this.#commitInfo(cycle, consistent, follow))
     this.counters.cycles++
@@ -564,7 +632,10 @@ export class Primary implements ChangeWatcher {
     const remote = this.#remote
     const { state } = this.states
     if (remote === undefined || (state !== 'insync' && state !== 'cycling')) {
-      throw new UserError('BUSY', `the mirror is ${state}: it has to be insync or cycling for a planned change of roles`)
+      throw new UserError(
+        'BUSY',
+        `the mirror is ${state}: it has to be insync or cycling for a planned change of roles`,
+      )
     }
     this.#suspended = true
     try {
@@ -644,10 +715,75 @@ export class Primary implements ChangeWatcher {
   // ---- telling
 
   verification(): VerifyResult | null {
-    return null
+    return this.#verification?.result() ?? null
   }
 
-  verify(_repair: boolean): void {}
+  /** Begins a comparison with the secondary, beside everything else. @throws UserError BUSY */
+  verify(repair: boolean): void {
+    const { volume } = this.#host
+    const remote = this.#remote
+    const { state } = this.states
+    if (remote === undefined || (state !== 'insync' && state !== 'cycling')) {
+      throw new UserError('BUSY', `the mirror is ${state}: a comparison wants it insync or cycling`)
+    }
+    if (this.#verification?.running === true) throw new UserError('BUSY', 'a comparison is running already')
+    const speed = new Speed()
+    let before = 0
+    this.#verification = new Verification(
+      {
+        unitBytes: this.record.unitBytes,
+        size: () => volume.size,
+        nextRealized: (offset) => volume.nextFormatted(offset),
+        realizedThere: () => remote.bitmap('realized'),
+        read: (offset, target) => volume.read(offset, target),
+        signaturesThere: (ranges) => remote.signatures(ranges),
+        atPoint: (ranges) => this.#atPoint(remote, ranges),
+        repair: (differences) => this.#repair(differences),
+        progress: (done, total) => {
+          speed.add(Math.max(0, done - before))
+          before = done
+          this.#verifying = { done, total, speed }
+        },
+        compared: (regions) => {
+          this.counters.signatures += regions
+        },
+      },
+      repair,
+    )
+    this.#verification.run().then(() => {
+      this.#verifying = undefined
+      const { differing = 0, failure = null } = this.#verification?.result() ?? {}
+      if (failure !== null) this.#host.onTrouble('mirror.verify', `the comparison did not end: ${failure}`)
+      else if (differing > 0)
+        this.#host.onTrouble('mirror.differs', `${differing} bytes differ between the sides`)
+    })
+  }
+
+  /** Signatures of both sides while they are at one point in time. Requests wait while this side's are computed. */
+  async #atPoint(remote: Remote, ranges: readonly Range[]): Promise<{ ours: Buffer; theirs: Buffer }> {
+    const { volume } = this.#host
+    const read = (offset: number, target: Buffer): Promise<void> => volume.read(offset, target)
+    if (this.#forwarder.following) {
+      return volume.quiesce(async () => {
+        await remote.fence()
+        const [ours, theirs] = await Promise.all([signaturesOf(ranges, read), remote.signatures(ranges)])
+        return { ours, theirs }
+      })
+    }
+    // The next cycle computes them as it closes; the other side's follow its commit, before the cycle after it.
+    return new Promise((resolve, reject) => {
+      this.#points.push({ ranges, resolve, reject })
+      this.#wake?.()
+    })
+  }
+
+  /** Sent again, as if they had changed. */
+  #repair(differences: readonly Range[]): void {
+    for (const { offset, length } of differences) this.#changedRange(offset, length)
+    if (!this.#forwarder.following) return
+    this.#stopFollowing()
+    this.#again('differences are repaired')
+  }
 
   get #behind(): number {
     return this.bits.total * this.record.unitBytes
@@ -659,13 +795,26 @@ export class Primary implements ChangeWatcher {
 
   lag(): MirrorLag {
     const bytes = Math.min(this.#behind, this.#host.volume.size)
-    if (this.#forwarder.following || (this.bits.total === 0 && this.record.initialized)) return { bytes, seconds: 0 }
+    if (this.#forwarder.following || (this.bits.total === 0 && this.record.initialized))
+      return { bytes, seconds: 0 }
     if (!this.record.initialized) return { bytes, seconds: null }
     const since = Math.max(this.#imageAt ?? 0, this.#behindSince ?? 0)
     return { bytes, seconds: since === 0 ? null : (performance.now() - since) / 1000 }
   }
 
   progress(): MirrorProgress | null {
+    const verifying = this.#verifying
+    if (verifying !== undefined) {
+      const { done, total, speed } = verifying
+      const now = speed.now()
+      return {
+        what: 'verifying',
+        done,
+        total,
+        speed: now,
+        remainingMs: now > 0 ? ((total - done) * 1000) / now : null,
+      }
+    }
     const progress = this.#progress
     if (progress === undefined) return null
     const { what, total, speed, from } = progress

@@ -23,6 +23,7 @@ export const MESSAGE = {
   handOver: 5,
   operations: 6, // to the secondary
   ends: 7, // of operations, to the primary
+  fence: 8,
   put: 16,
   hole: 17,
   signatures: 18,
@@ -51,7 +52,8 @@ export function readGeneration(value: unknown, what: string): GenerationRecord {
 
 function flag(fields: Fields, name: string): boolean {
   const value = fields.value(name)
-  if (typeof value !== 'boolean') throw new LinkError('BAD_FRAME', `${fields.what}: ${name} is not true or false`)
+  if (typeof value !== 'boolean')
+    throw new LinkError('BAD_FRAME', `${fields.what}: ${name} is not true or false`)
   return value
 }
 
@@ -61,6 +63,9 @@ export function readPrimaryHello(payload: Buffer): PrimaryHello {
   const fields = new Fields(payload, 'hello of a primary')
   const mode = fields.text('mode', 4, 5)
   if (mode !== 'sync' && mode !== 'async') throw new LinkError('BAD_FRAME', 'hello of a primary: mode')
+  const onLoss = fields.text('onLoss', 5, 8)
+  if (onLoss !== 'continue' && onLoss !== 'block')
+    throw new LinkError('BAD_FRAME', 'hello of a primary: onLoss')
   return {
     generation: readGeneration(fields.value('generation'), 'hello of a primary'),
     base: fields.text('base', 1, 64),
@@ -69,6 +74,8 @@ export function readPrimaryHello(payload: Buffer): PrimaryHello {
     initialized: flag(fields, 'initialized'),
     changed: fields.integer('changed', 0, SIZE_MAX),
     mode,
+    intervalMs: fields.integer('intervalMs', LIMITS.mirrorIntervalMsMin, LIMITS.mirrorIntervalMsMax),
+    onLoss,
     unitBytes: fields.integer('unitBytes', LIMITS.chunkSizeMin, LIMITS.formatUnitBytesMax),
   }
 }
@@ -76,7 +83,8 @@ export function readPrimaryHello(payload: Buffer): PrimaryHello {
 export function readRemoteHello(payload: Buffer): RemoteHello {
   const fields = new Fields(payload, 'hello of a secondary')
   const role = fields.text('role', 1, 16)
-  if (role !== 'primary' && role !== 'secondary') throw new LinkError('BAD_FRAME', 'hello of a secondary: role')
+  if (role !== 'primary' && role !== 'secondary')
+    throw new LinkError('BAD_FRAME', 'hello of a secondary: role')
   const generation = fields.value('generation')
   return {
     role,
@@ -139,7 +147,8 @@ export function encodeRanges(ranges: readonly { offset: number; length: number }
 }
 
 export function readRanges(payload: Buffer): { offset: number; length: number }[] {
-  if (payload.length === 0 || payload.length % 16 !== 0) throw new LinkError('BAD_FRAME', 'ranges of a wrong length')
+  if (payload.length === 0 || payload.length % 16 !== 0)
+    throw new LinkError('BAD_FRAME', 'ranges of a wrong length')
   return Array.from({ length: payload.length / 16 }, (_, index) => ({
     offset: readU64(payload, index * 16),
     length: readU64(payload, index * 16 + 8),
@@ -171,7 +180,9 @@ export function encodeOperations(heads: readonly OperationHead[]): Buffer {
   return bytes
 }
 
-export function readOperations(payload: Buffer): (OperationHead & { readonly payload: Buffer | undefined })[] {
+export function readOperations(
+  payload: Buffer,
+): (OperationHead & { readonly payload: Buffer | undefined })[] {
   const count = payload.length >= 4 ? payload.readUInt32LE(0) : 0
   let data = 4 + count * OPERATION_BYTES
   if (count === 0 || data > payload.length) throw new LinkError('BAD_FRAME', 'operations: count')

@@ -1,4 +1,5 @@
 import { randomUUID } from 'node:crypto'
+import { Bitmap } from '../base/bitmap.ts'
 import { UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
 import type { Channel } from '../link/channel.ts'
@@ -61,7 +62,10 @@ export class Relation {
         this.#secondaryStates.follow(state)
       },
       onHandOver: () =>
-        this.#secondaryStates.follow('promoted', `the peer gave up being primary: promote this side to write here`),
+        this.#secondaryStates.follow(
+          'promoted',
+          `the peer gave up being primary: promote this side to write here`,
+        ),
       onSplitBrain: (hello) => this.#splitBrain(hello),
       onCommit: () => {
         this.#committedAt = performance.now()
@@ -119,8 +123,17 @@ export class Relation {
     if (primary === undefined || session.endReason !== undefined) return
     try {
       const remote = await LinkRemote.open(session, this.record.relation)
-      if (this.#primary === primary) primary.attach(remote)
-      else remote.close('the role changed')
+      if (this.#primary !== primary) {
+        remote.close('the role changed')
+        return
+      }
+      primary.attach(remote)
+      remote.ended.then(() => {
+        const again = (): void => {
+          if (this.#primary === primary && !primary.connected) void this.#reconnect()
+        }
+        setTimeout(again, LIMITS.mirrorRetryMsMin).unref()
+      })
     } catch (error) {
       if (!(error instanceof RemoteError)) throw error
       if (error.fate !== 'lost') primary.refused(error.message)
@@ -177,7 +190,12 @@ export class Relation {
       )
       this.#beginPrimary()
     })
-    this.#host.event('info', 'mirror.promoted', this.object, `this side is primary, generation ${generation.current}`)
+    this.#host.event(
+      'info',
+      'mirror.promoted',
+      this.object,
+      `this side is primary, generation ${generation.current}`,
+    )
     const session = this.#host.session(this)
     if (session !== undefined) await this.connect(session)
   }
@@ -185,7 +203,8 @@ export class Relation {
   /** @throws UserError BUSY, REFUSED */
   async demote(force: boolean): Promise<void> {
     const primary = this.#primary
-    if (primary === undefined) throw new UserError('BUSY', `mirror ${this.object}: this side is secondary already`)
+    if (primary === undefined)
+      throw new UserError('BUSY', `mirror ${this.object}: this side is secondary already`)
     this.#checkOnlyMirror()
     const sessions = this.volume.info().sessions
     if (sessions > 0 && !force) {
@@ -194,10 +213,16 @@ export class Relation {
         `volume ${this.volume.name} has ${sessions} connected client${sessions > 1 ? 's' : ''}: detach them first, or use --force: their writes will fail`,
       )
     }
-    if (this.record.kind === 'nbd') throw new UserError('REFUSED', `mirror ${this.object}: an NBD export cannot be primary`)
+    if (this.record.kind === 'nbd')
+      throw new UserError('REFUSED', `mirror ${this.object}: an NBD export cannot be primary`)
     await this.volume.becomeThin()
+    // The other side has everything: nothing differs.
     const store = (): Promise<void> =>
-      this.#host.book.save(this.record.id, { role: 'secondary' }, { volume: { secondaryOf: this.record.id } })
+      this.#host.book.save(
+        this.record.id,
+        { role: 'secondary' },
+        { bits: new Bitmap(this.stored.map.unitCount), volume: { secondaryOf: this.record.id } },
+      )
     if (primary.connected || !force) await primary.handOver(store)
     else await this.#giveUp(primary)
     this.#endPrimary()
@@ -217,7 +242,12 @@ export class Relation {
     this.#endPrimary()
     await primary.close('this side is discarded')
     this.#secondaryStates.follow('connecting')
-    this.#host.event('warn', 'mirror.discarded', this.object, 'this side is secondary: what it had changed is replaced')
+    this.#host.event(
+      'warn',
+      'mirror.discarded',
+      this.object,
+      'this side is secondary: what it had changed is replaced',
+    )
   }
 
   /** The changed units stay noted: the next primary asks for them, and sends them. */
@@ -241,7 +271,9 @@ export class Relation {
   }
 
   #checkOnlyMirror(): void {
-    const others = this.#host.book.of(this.volume.record.id).filter(({ record }) => record.id !== this.record.id)
+    const others = this.#host.book
+      .of(this.volume.record.id)
+      .filter(({ record }) => record.id !== this.record.id)
     if (others.length === 0) return
     const names = others.map(({ record }) => record.name).join(', ')
     throw new UserError(
@@ -252,14 +284,25 @@ export class Relation {
 
   /** Something was settled by the operator. */
   retry(): void {
-    this.#primary?.retry()
+    const primary = this.#primary
+    primary?.retry()
+    if (primary?.connected === false) void this.#reconnect()
+  }
+
+  /** The link's session may stand where the mirror's channels have ended. */
+  async #reconnect(): Promise<void> {
+    const session = this.#host.session(this)
+    if (session !== undefined) await this.connect(session)
   }
 
   /** The other side, by its session. @throws UserError FAILED, and the peer's words */
   async ask(kind: 'remove' | 'yield' | 'retry'): Promise<void> {
     const session = this.#host.session(this)
     if (session === undefined) {
-      throw new UserError('FAILED', `mirror ${this.object}: there is no connection with ${this.record.peer.name}`)
+      throw new UserError(
+        'FAILED',
+        `mirror ${this.object}: there is no connection with ${this.record.peer.name}`,
+      )
     }
     await ask(session, kind, { relation: this.record.relation })
   }

@@ -27,7 +27,10 @@ export interface PrimaryHello {
   readonly size: number
   readonly initialized: boolean
   readonly changed: number
+  /** Settings: the other side has them, too, for when it is the primary. */
   readonly mode: 'sync' | 'async'
+  readonly intervalMs: number
+  readonly onLoss: 'continue' | 'block'
   readonly unitBytes: number
 }
 
@@ -76,6 +79,8 @@ export interface Remote {
   /** Operations that were not sent yet are not sent: their payloads are about to be gone. */
   abandon(): void
   flush(): Promise<void>
+  /** Resolves when every operation that was sent before is done there. */
+  fence(): Promise<void>
   /** The mirror's state here, for people there. */
   tell(state: string): void
   /** This side is about to be the secondary: the other one has everything, and may be promoted. */

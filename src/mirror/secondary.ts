@@ -3,14 +3,15 @@ import { assert } from '../base/assert.ts'
 import { Bitmap } from '../base/bitmap.ts'
 import { StoreError, UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
+import { Mutex } from '../base/locks.ts'
 import type { Channel, Message } from '../link/channel.ts'
 import { LinkError } from '../link/errors.ts'
+import { Fields } from '../link/hello.ts'
 import type { MirrorRecord } from '../metadata/records.ts'
 import { NBD_ERRNO } from '../nbd/errno.ts'
 import type { MirrorBook, StoredMirror } from '../volume/mirror-book.ts'
 import type { Stage } from '../volume/stage.ts'
 import type { Volume } from '../volume/volume.ts'
-import { Fields } from '../link/hello.ts'
 import {
   encodeEnds,
   encodePage,
@@ -72,6 +73,7 @@ export class Secondary {
   #idle: (() => void)[] = []
   #puts = 0
   #putsDone: (() => void)[] = []
+  readonly #commits = new Mutex()
 
   constructor(host: SecondaryHost) {
     this.#host = host
@@ -104,7 +106,7 @@ export class Secondary {
 
   serveData(data: Channel): void {
     data.onMessage((message) => this.#onData(data, message))
-    this.#control?.ended.then(() => data.close('the mirror\'s other channel is over'))
+    this.#control?.ended.then(() => data.close("the mirror's other channel is over"))
   }
 
   /** Ends sessions; resolves when nothing is under way and the stage is given back. */
@@ -112,8 +114,7 @@ export class Secondary {
     this.#control?.close(reason)
     this.#control = undefined
     this.#following = false
-    if (this.#operations > 0) await new Promise<void>((resolve) => this.#idle.push(resolve))
-    if (this.#puts > 0) await new Promise<void>((resolve) => this.#putsDone.push(resolve))
+    await this.#allIdle()
     this.#stage?.drop()
     this.#stage = undefined
     this.#stageToken = ''
@@ -124,7 +125,9 @@ export class Secondary {
   #onControl(control: Channel, message: Message): void | Promise<void> {
     switch (message.type) {
       case MESSAGE.hello:
-        return this.#answer(control, message, async () => json(await this.#meet(readPrimaryHello(message.payload))))
+        return this.#answer(control, message, async () =>
+          json(await this.#meet(readPrimaryHello(message.payload))),
+        )
       case MESSAGE.commit:
         return this.#answer(control, message, () => this.#commit(readCommit(message.payload)))
       case MESSAGE.handOver:
@@ -135,6 +138,8 @@ export class Secondary {
         })
       case MESSAGE.flush:
         return this.#answer(control, message, () => this.#host.volume.flush())
+      case MESSAGE.fence:
+        return this.#answer(control, message, () => this.#operationsIdle())
       case MESSAGE.state: {
         const state = new Fields(message.payload, 'state').text('state', 1, 32)
         const known = STATES.find((name) => name === state)
@@ -193,21 +198,30 @@ export class Secondary {
   async #meet(hello: PrimaryHello): Promise<RemoteHello> {
     const { volume, stored } = this.#host
     this.#hello = hello
-    await this.#operationsIdle() // of the time when the sides were equal
+    await this.#allIdle() // of the time when the sides were equal, and of earlier sessions
     this.#following = false
+    this.#assemblies.clear()
+    this.#assemblyBytes = 0
     if (stored.record.role === 'primary') {
       this.#host.onSplitBrain(hello)
       return this.#introduce()
     }
     if (hello.unitBytes !== stored.record.unitBytes) {
-      throw new UserError('REFUSED', `volume ${volume.name}: the mirror's unit is ${stored.record.unitBytes} bytes here`)
+      throw new UserError(
+        'REFUSED',
+        `volume ${volume.name}: the mirror's unit is ${stored.record.unitBytes} bytes here`,
+      )
+    }
+    const { mode, intervalMs, onLoss } = hello
+    const { record } = stored
+    if (record.mode !== mode || record.intervalMs !== intervalMs || record.onLoss !== onLoss) {
+      await this.#host.book.save(record.id, { mode, intervalMs, onLoss })
     }
     if (hello.size !== volume.size) {
-      await this.#putsIdle()
       this.#stage?.drop()
       this.#stage = undefined
       this.#stageToken = ''
-      await volume.resize(hello.size, { force: true })
+      await volume.resize(hello.size, { force: true, byPrimary: true })
     }
     this.#openStage()
     this.#host.onState('negotiating', hello)
@@ -234,7 +248,8 @@ export class Secondary {
 
   #openStage(): Stage {
     if (this.#following) throw new LinkError('BAD_FRAME', 'something is staged while operations follow')
-    if (this.#host.stored.record.role !== 'secondary') throw new LinkError('BAD_FRAME', 'this side is primary')
+    if (this.#host.stored.record.role !== 'secondary')
+      throw new LinkError('BAD_FRAME', 'this side is primary')
     if (this.#stage === undefined) {
       this.#stage = this.#host.volume.openStage()
       this.#stageToken = randomUUID()
@@ -248,7 +263,8 @@ export class Secondary {
     const { unitBytes } = this.#host.stored.record
     const end = offset + length
     const whole = offset % unitBytes === 0 && (end % unitBytes === 0 || end === size)
-    if (!(length > 0 && end <= size && whole)) throw new LinkError('BAD_FRAME', `no whole copy units: ${offset}+${length}`)
+    if (!(length > 0 && end <= size && whole))
+      throw new LinkError('BAD_FRAME', `no whole copy units: ${offset}+${length}`)
   }
 
   async #put(payload: Buffer): Promise<void> {
@@ -300,12 +316,21 @@ export class Secondary {
     return assembly.content
   }
 
-  async #putsIdle(): Promise<void> {
-    while (this.#puts > 0) await new Promise<void>((resolve) => this.#putsDone.push(resolve))
+  /** Nothing of any session is under way: no request, no put, no commit. */
+  async #allIdle(): Promise<void> {
+    while (this.#operations > 0 || this.#puts > 0 || this.#commits.locked) {
+      await this.#operationsIdle()
+      while (this.#puts > 0) await new Promise<void>((resolve) => this.#putsDone.push(resolve))
+      await this.#commits.run(() => {})
+    }
   }
 
   /** Crash rule: content, generation, `cycle` and what is no longer different become durable in one transaction. */
-  async #commit(info: CommitInfo): Promise<void> {
+  #commit(info: CommitInfo): Promise<void> {
+    return this.#commits.run(() => this.#commitAlone(info))
+  }
+
+  async #commitAlone(info: CommitInfo): Promise<void> {
     const { volume, book, stored } = this.#host
     if (this.#puts > 0) throw new LinkError('BAD_FRAME', 'a commit while something is put')
     if (stored.record.role !== 'secondary') throw new LinkError('BAD_FRAME', 'this side is primary')
@@ -443,7 +468,15 @@ export class Secondary {
   }
 }
 
-const STATES: readonly MirrorState[] = ['comparing', 'copying', 'insync', 'cycling', 'degraded', 'paused', 'negotiating']
+const STATES: readonly MirrorState[] = [
+  'comparing',
+  'copying',
+  'insync',
+  'cycling',
+  'degraded',
+  'paused',
+  'negotiating',
+]
 const ENDS_MAX = 4096
 const SIGN_BYTES_MAX = 256 << 20
 

@@ -35,12 +35,18 @@ interface SavedUnit {
 /** Bytes of one read and one message where units are small; holes are only named. */
 const RUN_BYTES = LIMITS.mirrorPieceBytes
 const HOLE_UNITS_MAX = 1 << 20
+/** Beside the bytes, for units that are small or holes: a channel takes so many requests at a time. */
+const MESSAGES_MAX = 512
+
+assert(MESSAGES_MAX < LIMITS.linkSendsWaitingMax)
 
 export class Sender {
   readonly #host: SenderHost
   readonly #strict: boolean
   readonly #reading = new Map<number, Promise<void>>()
   readonly #saved: SavedUnit[] = []
+  /** For runs, used again and again: garbage of this size would cost more than the copying. */
+  readonly #buffers: Buffer[] = []
   #saving = 0
   #cursor = 0
   #inFlight = 0 // bytes, each message at least one
@@ -83,14 +89,18 @@ export class Sender {
    * @param pause called now and then while nothing is under way; for commits in between
    * @throws RemoteError, StoreError; what was not staged is still in `bits`
    */
-  async run(pauseAfterBytes = Number.POSITIVE_INFINITY, pause: () => Promise<void> = async () => {}): Promise<void> {
+  async run(
+    pauseAfterBytes = Number.POSITIVE_INFINITY,
+    pause: () => Promise<void> = async () => {},
+  ): Promise<void> {
     const { bits } = this.#host
     let since = 0
     let last = performance.now()
     try {
       for (;;) {
         this.#throwIfFailed()
-        const due = since >= pauseAfterBytes || (since > 0 && performance.now() - last > LIMITS.mirrorCommitMs)
+        const due =
+          since >= pauseAfterBytes || (since > 0 && performance.now() - last > LIMITS.mirrorCommitMs)
         if (pauseAfterBytes !== Number.POSITIVE_INFINITY && due) {
           while (this.#messages > 0) await this.#progress()
           this.#throwIfFailed()
@@ -98,7 +108,7 @@ export class Sender {
           since = 0
           last = performance.now()
         }
-        if (this.#inFlight >= LIMITS.mirrorInFlightMax) {
+        if (this.#inFlight >= LIMITS.mirrorInFlightMax || this.#messages >= MESSAGES_MAX) {
           await this.#progress()
           continue
         }
@@ -155,7 +165,8 @@ export class Sender {
       this.#post(remote.hole(offset, length), unit, units, 0)
       return 0
     }
-    const content = Buffer.allocUnsafe(length)
+    const buffer = this.#buffers.pop() ?? Buffer.allocUnsafeSlow(Math.max(RUN_BYTES, this.#host.unitBytes))
+    const content = buffer.subarray(0, length)
     const read = this.#host.read(offset, content)
     if (this.#strict) {
       // Whoever waits for it goes on also where it fails: the cycle ends then.
@@ -169,6 +180,8 @@ export class Sender {
         for (let at = unit; this.#strict && at < unit + units; at++) this.#reading.delete(at)
       }
       await this.#put(offset, content)
+      // Answered, so the link does not look at it any more.
+      this.#buffers.push(buffer)
     }
     this.#post(put(), unit, units, length)
     return length

@@ -92,6 +92,13 @@ export class NbdSession {
     socket.resume()
   }
 
+  get failure(): Error | undefined {
+    return this.#failure
+  }
+  get bytesWritten(): number {
+    return this.#socket.bytesWritten
+  }
+
   /**
    * Sends one request exactly as given and reports what came back, also when it is an error.
    * @throws StoreError or ProtocolError only when the connection is gone

@@ -90,6 +90,16 @@ export class NbdClient {
     return this.#session.gone
   }
 
+  /** Why the connection can no longer be used; absent while it can. */
+  get failure(): Error | undefined {
+    return this.#session.failure
+  }
+
+  /** Since the connection began, handshake and headers included. */
+  get bytesWritten(): number {
+    return this.#session.bytesWritten
+  }
+
   /** Fills `target` from `offset` of the export on. */
   async read(target: Buffer, offset: number): Promise<void> {
     this.#checkRange(offset, target.length)

@@ -218,7 +218,13 @@ export class MirrorBook {
 
   /** The copy maps of a volume, in the transaction that changes its size. @returns takes that back */
   resize(volumeId: number, size: number): () => void {
-    const undo = this.of(volumeId).map(({ record, map }) => map.resize(copyUnitsOf(size, record.unitBytes)))
+    const undo = this.of(volumeId).map(({ record, map }) => {
+      const before = map.unitCount
+      const back = map.resize(copyUnitsOf(size, record.unitBytes))
+      // A secondary that sees neither a shrink nor the growth after it still has what was cut off.
+      if (record.role === 'primary') map.mark(Math.min(before, map.unitCount) - 1, map.unitCount)
+      return back
+    })
     return () => {
       for (const back of undo) back()
     }

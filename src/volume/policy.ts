@@ -5,8 +5,8 @@ import { CHANGE, type Change } from '../metadata/journal.ts'
 import { ERRNO_OF, NBD_ERRNO } from '../nbd/errno.ts'
 import type { IntentsTarget, VolumeIntents } from './intents.ts'
 import { Merger } from './merger.ts'
-import type { FreedRun } from './reclaimer.ts'
 import { type Entry, Overlaps } from './overlaps.ts'
+import type { FreedRun } from './reclaimer.ts'
 import { type Arrival, type Part, type Request, Requests } from './requests.ts'
 import { consecutive, slotRunsOf } from './runs.ts'
 import { type ExtraContext, statusOf } from './status.ts'
@@ -279,6 +279,7 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
     const nobody: Upcall = { id: NOBODY, kind: 'trim', flags: 0, offset: 0, length: 0, contexts: [] }
     const request = this.#requests.begin(nobody)
     await this.#releaseUnits(request, unit, this.#tables.unitCount)
+    this.#requests.made(request)
     if (request.errno !== 0)
       throw new StoreError('MEMBER_IO', `volume ${this.#volume.name}: releasing the end failed`)
   }
@@ -336,14 +337,8 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
     return this.#reachesPast(upcall) ? errnoPastEnd(upcall) : 0
   }
 
-  /** Also tells those who do it, too. */
-  #beginRequest(upcall: Upcall, entry: Entry | undefined): Request {
-    if (entry === undefined) return this.#requests.begin(upcall)
-    return this.#requests.begin(upcall, entry, this.#watchers.forward(upcall))
-  }
-
   #write(upcall: Upcall, entry: Entry | undefined): void {
-    const request = this.#beginRequest(upcall, entry)
+    const request = this.#requests.begin(upcall, entry)
     const sequential = this.#merger.observe(upcall.offset, upcall.length)
     const first = this.#unitAt(upcall.offset)
     const last = this.#unitAt(upcall.offset + upcall.length - 1)
@@ -368,7 +363,7 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
       this.#finishRequest(upcall, entry, NBD_ERRNO.ENOTSUP)
       return
     }
-    const request = this.#beginRequest(upcall, entry)
+    const request = this.#requests.begin(upcall, entry)
     if (firstWhole >= endWhole) {
       for (let unit = this.#unitAt(offset); unit <= this.#unitAt(end - 1); unit++)
         this.#dispatchZero(request, unit, writes)
@@ -465,6 +460,7 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
         return
       }
     }
+    if (part.known === undefined && part.request.entry !== undefined) this.#forward(part)
     if (work === undefined) {
       const formatted = this.#tables.init.get(part.unit)
       // The last unit may have grown since the request came, and what is behind is not the request's: zeros are written then.
@@ -496,6 +492,20 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
     } else {
       work.queue.push(part)
     }
+  }
+
+  /**
+   * Crash rule: the other side of a mirror gets nothing before the intent is durable here, and the region stays hot until it has it;
+   * otherwise nobody would know what one side lacks.
+   */
+  #forward(part: Part): void {
+    const { request, unit } = part
+    const { upcall } = request
+    const offset = Math.max(upcall.offset, unit * this.#tables.unitBytes)
+    const all = this.#watchers.forward(upcall, offset, this.#coveredBy(part))
+    if (all.length === 0) return
+    for (const { answered } of all) request.forwarded.push(answered)
+    part.known = Promise.all(all.map(({ known }) => known))
   }
 
   /** The part, and those for the same unit that come meanwhile, wait. */

@@ -71,10 +71,18 @@ const SPACE_EVENTS_PERCENT = [80, 90, 95]
 /** Bytes that are worth a process to give them back to the file system. */
 const PUNCH_BY_PROCESS_MIN = 1 << 20
 
+export interface VolumeDeletion {
+  /** The volume is about to be closed for good: resolves when nothing uses it any more. */
+  leaves(volume: Volume): Promise<void>
+  /** That could not be stored: it is served again, by another object. */
+  stays(volume: Volume): Promise<void>
+}
+
 export class Pool {
   readonly directory: string
   readonly datapath: Datapath
   readonly mirrors: MirrorBook
+  #deletion: VolumeDeletion | undefined
   readonly #parts: PoolParts
   readonly #options: PoolOptions
   readonly #allocator: SlotAllocator
@@ -312,6 +320,11 @@ export class Pool {
     })
   }
 
+  /** Who uses volumes beside their clients is told here. */
+  onDelete(deletion: VolumeDeletion): void {
+    this.#deletion = deletion
+  }
+
   /** @throws UserError NOT_FOUND; BUSY while clients are connected, REFUSED where it has mirrors, both unless forced */
   deleteVolume(name: string, options: { force?: boolean } = {}): Promise<void> {
     return this.#change(async () => {
@@ -333,6 +346,7 @@ export class Pool {
       }
       this.#volumes.delete(name) // no new client finds it
       this.#leaving.add(volume)
+      await this.#deletion?.leaves(volume)
       await volume.close()
       const leaving = await this.mirrors.leave(volume.record.id)
       try {
@@ -350,8 +364,10 @@ export class Pool {
       } catch (error) {
         // Still in the catalog: serve it again.
         this.#leaving.delete(volume)
-        this.#add(volume.record, volume.tables, volume.intentMap).resume()
+        const again = this.#add(volume.record, volume.tables, volume.intentMap)
         leaving.stay()
+        await this.#deletion?.stays(again)
+        again.resume()
         throw asUserError(error, `volume ${name} was not deleted`)
       }
       // The transaction is durable and the export closed: nothing refers to these slots any more.

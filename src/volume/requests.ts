@@ -12,7 +12,7 @@ export interface Request {
   outstanding: number // parts, and one while parts are being made
   errno: number // of the first part that failed
   /** It waits for these, too, before it is answered. */
-  readonly forwarded: readonly Promise<void>[]
+  readonly forwarded: Promise<void>[]
   /** Where overlapping ones keep their order. */
   readonly entry: Entry | undefined
 }
@@ -27,8 +27,10 @@ export interface Part {
   readonly request: Request
   readonly unit: number
   readonly kind: PartKind
-  /** Held until the part is done, where intents are needed. */
+  /** Held until the part is done, where intents are needed; on the other side of a mirror, too. */
   region: Region | undefined
+  /** Of whoever does it, too: resolves when the region need not be held for them. */
+  known: Promise<unknown> | undefined
 }
 
 export class Requests {
@@ -42,9 +44,9 @@ export class Requests {
     this.#answer = answer
   }
 
-  begin(upcall: Upcall, entry?: Entry, forwarded: readonly Promise<void>[] = []): Request {
+  begin(upcall: Upcall, entry?: Entry): Request {
     this.#active++
-    return { upcall, order: this.#order++, outstanding: 1, errno: 0, forwarded, entry }
+    return { upcall, order: this.#order++, outstanding: 1, errno: 0, forwarded: [], entry }
   }
 
   /** Resolves when every request that was begun has done here what it does. No other may begin before. */
@@ -55,7 +57,7 @@ export class Requests {
 
   part(request: Request, unit: number, kind: PartKind): Part {
     request.outstanding++
-    return { request, unit, kind, region: undefined }
+    return { request, unit, kind, region: undefined, known: undefined }
   }
 
   /** All parts made so far are done. */
@@ -73,7 +75,10 @@ export class Requests {
   done(part: Part, errno: number): void {
     const { request, region } = part
     part.region = undefined
-    region?.owner.unpin(region)
+    if (region !== undefined) {
+      if (part.known === undefined) region.owner.unpin(region)
+      else part.known.then(() => region.owner.unpin(region))
+    }
     if (errno !== 0 && request.errno === 0) request.errno = errno
     request.outstanding--
     assert(request.outstanding >= 0)

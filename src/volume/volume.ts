@@ -357,7 +357,8 @@ export class Volume {
       this.#host.unreserveUnused(runs, this.#tables)
       this.#policy.setProvision('thin')
     })
-    const text = 'it reserves nothing any more: what comes from the other side of its mirror takes slots as it comes'
+    const text =
+      'it reserves nothing any more: what comes from the other side of its mirror takes slots as it comes'
     this.#host.event('warn', 'volume.thin', this.name, text)
   }
 
@@ -527,8 +528,14 @@ export class Volume {
   }
 
   /** Grows online. A shrink throws content away, so it wants `force`. */
-  async resize(size: number, options: { force?: boolean } = {}): Promise<void> {
+  async resize(size: number, options: { force?: boolean; byPrimary?: boolean } = {}): Promise<void> {
     const { watchers } = this.#policy
+    if (this.isSecondary && options.byPrimary !== true) {
+      throw new UserError(
+        'REFUSED',
+        `volume ${this.name} is the secondary of a mirror: resize it over there, and this side follows`,
+      )
+    }
     // Before the lock: they may have to make the volume quiet before they stop.
     await watchers.sizeChanges()
     try {

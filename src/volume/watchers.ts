@@ -22,10 +22,10 @@ export interface ChangeWatcher {
   /** Whether requests go to `forward`. Changes only while the volume is quiet. */
   readonly forwards: boolean
   /**
-   * A request begins here; it is answered when the promise has resolved, too. No other that overlaps with it is begun before.
-   * Called while the payload can be read.
+   * [offset, offset + length) of a request, in one format unit, is about to be done here, and its intent is durable. No other request that
+   * overlaps is begun before this one is answered. Called while the payload can be read.
    */
-  forward(upcall: Upcall): Promise<void> | undefined
+  forward(upcall: Upcall, offset: number, length: number): Forwarding | undefined
   /** The request of that `forward` failed on this side: the sides may differ there. */
   failedHere(upcall: Upcall): void
   /** What was forwarded and answered before becomes durable there, too. */
@@ -33,6 +33,14 @@ export interface ChangeWatcher {
   /** The volume's size is about to change: resolves when nothing of the watcher's is under way. Then comes `sizeChanged`, in any case. */
   sizeChanges(): Promise<void>
   sizeChanged(): void
+}
+
+/** What is done elsewhere at the same time. */
+export interface Forwarding {
+  /** The request is answered when this has resolved, too. */
+  readonly answered: Promise<void>
+  /** Resolves when both sides will have it whatever happens, or it counts as changed: the intent need not be kept for it any longer. */
+  readonly known: Promise<void>
 }
 
 export class Watchers {
@@ -71,13 +79,13 @@ export class Watchers {
     return false
   }
 
-  forward(upcall: Upcall): Promise<void>[] {
-    const waits: Promise<void>[] = []
+  forward(upcall: Upcall, offset: number, length: number): Forwarding[] {
+    const all: Forwarding[] = []
     for (const watcher of this.#watchers) {
-      const wait = watcher.forwards ? watcher.forward(upcall) : undefined
-      if (wait !== undefined) waits.push(wait)
+      const forwarding = watcher.forwards ? watcher.forward(upcall, offset, length) : undefined
+      if (forwarding !== undefined) all.push(forwarding)
     }
-    return waits
+    return all
   }
 
   failedHere(upcall: Upcall): void {

@@ -3,7 +3,7 @@ import { request } from 'node:http'
 import { join } from 'node:path'
 import { pino } from 'pino'
 import { afterAll, beforeAll, describe, expect, it } from 'vitest'
-import { listenControl } from '../../src/api/server.ts'
+import { createApi, listenControl } from '../../src/api/server.ts'
 import type { DensityInfo, EventList, MapPage, StatusInfo } from '../../src/api/types.ts'
 import { AssertionError } from '../../src/base/assert.ts'
 import { Client, volumePath } from '../../src/cli/client.ts'
@@ -74,6 +74,20 @@ describe('the control API', () => {
     expect(mode & 0o777).toBe(0o600)
   })
 
+  it.each([
+    ['silent', 'silent'],
+    ['error', 'error'],
+    ['warn', 'warn'],
+    ['debug', 'warn'],
+  ])('logs no more than the daemon does (%s)', async (level, expected) => {
+    const before = daemon.log.level
+    daemon.log.level = level
+    const app = createApi(daemon)
+    expect(app.log.level).toBe(expected)
+    await app.close()
+    daemon.log.level = before
+  })
+
   it('answers with every field the daemon has', async () => {
     await create('fields', MiB, { provision: 'thick' })
     const status = await client.get<StatusInfo>('/v1/status')
@@ -89,6 +103,7 @@ describe('the control API', () => {
       state: 'serving',
       pid: process.pid,
       listen: daemon.listening,
+      link: null,
       datapath: daemon.pool.datapath.description,
       members: daemon.pool.datapath.memberCounters(),
     })
@@ -265,6 +280,7 @@ describe('the control API', () => {
     expect(Object.keys(document.paths).sort()).toEqual([
       '/metrics',
       '/v1/events',
+      '/v1/mirrors',
       '/v1/openapi.json',
       '/v1/pool',
       '/v1/status',
@@ -273,6 +289,16 @@ describe('the control API', () => {
       '/v1/volumes/{name}/density',
       '/v1/volumes/{name}/format',
       '/v1/volumes/{name}/map',
+      '/v1/volumes/{name}/mirrors',
+      '/v1/volumes/{name}/mirrors/{mirror}',
+      '/v1/volumes/{name}/mirrors/{mirror}/demote',
+      '/v1/volumes/{name}/mirrors/{mirror}/density',
+      '/v1/volumes/{name}/mirrors/{mirror}/map',
+      '/v1/volumes/{name}/mirrors/{mirror}/pause',
+      '/v1/volumes/{name}/mirrors/{mirror}/promote',
+      '/v1/volumes/{name}/mirrors/{mirror}/resolve',
+      '/v1/volumes/{name}/mirrors/{mirror}/resume',
+      '/v1/volumes/{name}/mirrors/{mirror}/verify',
       '/v1/volumes/{name}/resize',
       '/v1/volumes/{name}/suspects',
     ])

@@ -12,6 +12,7 @@ import { join } from 'node:path'
 import { parseArgs } from 'node:util'
 import { runFio } from './fio.ts'
 import { intentsCost } from './intents.ts'
+import { mirrorFigures } from './mirrors.ts'
 import { cpuSeconds } from './processes.ts'
 import { type Check, checkLines, mark, textTable } from './report.ts'
 import { medianSample, ROWS, type Row, type Sample, sampleOf, type Verdict, verdictOf } from './rows.ts'
@@ -21,11 +22,11 @@ import { firstWrites } from './thin.ts'
 
 const MiB = 2 ** 20
 
-const USAGE = `usage: scripts/bench [--quick] [--json FILE] [--directory DIR] [--only compare|thin|intents|scale] [--row TEXT] [--strict]
+const USAGE = `usage: scripts/bench [--quick] [--json FILE] [--directory DIR] [--only compare|thin|intents|mirrors|scale] [--row TEXT] [--strict]
   --quick       fewer and shorter rounds, smaller disks
   --json FILE   writes everything measured
   --directory   where the disks lie (default: the directory for temporary files)
-  --only PART   one part: the comparison, first writes, intents, sizes
+  --only PART   one part: the comparison, first writes, intents, mirrors, sizes
   --row TEXT    only rows of the comparison whose title has this text
   --strict      exit status 1 where a figure was missed`
 
@@ -56,7 +57,7 @@ function readOptions(): Options {
       row: { type: 'string' },
     },
   })
-  if (values.only !== undefined && !['compare', 'thin', 'intents', 'scale'].includes(values.only))
+  if (values.only !== undefined && !['compare', 'thin', 'intents', 'mirrors', 'scale'].includes(values.only))
     throw new Error(USAGE)
   return {
     ...values,
@@ -172,6 +173,10 @@ async function run(options: Options): Promise<boolean> {
       if (wants('intents')) {
         progress(`intents, ${datapath}`)
         checks.push(...(await intentsCost(directory, datapath, options.quick)))
+      }
+      if (wants('mirrors')) {
+        progress(`mirrors, ${datapath}`)
+        checks.push(...(await mirrorFigures(directory, datapath, options.quick)))
       }
       if (wants('scale')) {
         progress(`16 TiB volumes, ${datapath}`)

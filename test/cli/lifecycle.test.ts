@@ -3,6 +3,8 @@ import { existsSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, beforeAll, describe, expect, it, vi } from 'vitest'
+import type { StatusInfo } from '../../src/api/types.ts'
+import { Client } from '../../src/cli/client.ts'
 import { NbdClient } from '../../src/nbd/client.ts'
 import { DaemonProcess, fullstripe, temporaryDirectory } from '../support/daemon.ts'
 import { until, within } from '../support/poll.ts'
@@ -81,6 +83,25 @@ describe('a daemon process', () => {
         'stopped',
       ]),
     )
+  })
+
+  it('tells a terminal where clients and peers connect, ports as bound', async () => {
+    const words = [process.execPath, main, 'serve', pool, '--link', '127.0.0.1:0', ...options]
+    const command = words.map((word) => `'${word}'`).join(' ')
+    const child = spawn('script', ['-qefc', command, '/dev/null'], { stdio: ['pipe', 'pipe', 'inherit'] })
+    children.push(child)
+    const exited = new Promise((resolve) => child.once('close', resolve))
+    let text = ''
+    child.stdout.on('data', (chunk: Buffer) => {
+      text += chunk.toString()
+    })
+    await until(() => text.includes('Ctrl-C'), 'the daemon says what it does', SLOW)
+    const { link, listen } = await new Client(pool).get<StatusInfo>('/v1/status')
+    expect(link).toMatch(/^127\.0\.0\.1:[1-9]\d*$/)
+    expect(text).toContain(`  peers     ${link}\r\n`)
+    expect(text).toContain(`  clients   ${listen[0]}\r\n`)
+    child.stdin.write('\x03')
+    expect(await within(exited, 'it ends', SLOW)).toBe(0)
   })
 
   it('starts over what a killed one left: sockets, lock, answered writes', async () => {

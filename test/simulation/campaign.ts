@@ -1,12 +1,18 @@
 import { availableParallelism } from 'node:os'
 import { Worker } from 'node:worker_threads'
+import { runPair } from './pair.ts'
 import { runSeed, type SeedOptions, type SeedResult } from './simulation.ts'
 
 /**
  * Many seeds: a range, or as many as a time allows; here, or in several threads. A failure is told with the command that
  * repeats it, with as few requests and lives as still lead to it.
  */
+export const WORLDS = { pool: runSeed, pair: runPair } as const
+/** One pool, or two with a mirror between them. */
+export type World = keyof typeof WORLDS
+
 export interface CampaignOptions {
+  readonly world?: World
   readonly from: number
   /** The last seed; absent: until the time is over. */
   readonly to?: number
@@ -25,11 +31,13 @@ export interface Totals {
   deaths: number
   powerCuts: number
   faultyLives: number
+  images: number // of secondaries
+  bits: number // comparisons of a pair with its bitmaps
   readonly failures: SeedResult[]
 }
 
 export async function runCampaign(options: CampaignOptions): Promise<Totals> {
-  const { from, to = Number.MAX_SAFE_INTEGER, forMs = Number.POSITIVE_INFINITY, workers = 0 } = options
+  const { from, to = Number.MAX_SAFE_INTEGER, forMs = Number.POSITIVE_INFINITY, workers = 0, world = 'pool' } = options
   const totals: Totals = {
     seeds: 0,
     steps: 0,
@@ -37,6 +45,8 @@ export async function runCampaign(options: CampaignOptions): Promise<Totals> {
     deaths: 0,
     powerCuts: 0,
     faultyLives: 0,
+    images: 0,
+    bits: 0,
     failures: [],
   }
   const start = performance.now()
@@ -56,13 +66,15 @@ export async function runCampaign(options: CampaignOptions): Promise<Totals> {
     totals.deaths += result.deaths
     totals.powerCuts += result.powerCuts
     totals.faultyLives += result.faultyLives
+    totals.images += result.images ?? 0
+    totals.bits += result.bits ?? 0
     if (result.failure !== undefined) totals.failures.push(result)
     options.onResult?.(result, totals)
   }
   if (workers === 0) {
-    for (let seed = take(); seed !== undefined; seed = take()) note(await runSeed(seed))
+    for (let seed = take(); seed !== undefined; seed = take()) note(await WORLDS[world](seed))
   } else {
-    await Promise.all(Array.from({ length: workers }, () => inThread(take, note)))
+    await Promise.all(Array.from({ length: workers }, () => inThread(world, take, note)))
   }
   return totals
 }
@@ -71,13 +83,17 @@ export function workersByDefault(): number {
   return availableParallelism()
 }
 
-function inThread(take: () => number | undefined, note: (result: SeedResult) => void): Promise<void> {
+function inThread(
+  world: World,
+  take: () => number | undefined,
+  note: (result: SeedResult) => void,
+): Promise<void> {
   const worker = new Worker(new URL('./worker.js', import.meta.url))
   return new Promise((resolve, reject) => {
     const go = (): void => {
       const seed = take()
       if (seed === undefined) worker.terminate().then(() => resolve(), reject)
-      else worker.postMessage(seed)
+      else worker.postMessage({ world, seed })
     }
     worker.on('message', (result: SeedResult) => {
       note(result)
@@ -89,7 +105,8 @@ function inThread(take: () => number | undefined, note: (result: SeedResult) => 
 }
 
 /** The same failure with fewer requests or lives, where one is found among a few tries. */
-export async function shrink(seed: number): Promise<SeedOptions> {
+export async function shrink(seed: number, world: World = 'pool'): Promise<SeedOptions> {
+  const runSeed = WORLDS[world]
   let best: SeedOptions = {}
   for (const requestsMax of [3, 6, 12, 25, 50]) {
     if ((await runSeed(seed, { requestsMax })).failure === undefined) continue
@@ -104,8 +121,9 @@ export async function shrink(seed: number): Promise<SeedOptions> {
 }
 
 /** One line that runs it again. */
-export function replayOf(seed: number, options: SeedOptions = {}): string {
+export function replayOf(seed: number, options: SeedOptions = {}, world: World = 'pool'): string {
+  const pair = world === 'pair' ? '--pair ' : ''
   const requests = options.requestsMax === undefined ? '' : ` --requests ${options.requestsMax}`
   const lives = options.livesMax === undefined ? '' : ` --lives ${options.livesMax}`
-  return `npm run simulate -- --seed ${seed}${requests}${lives} --trace`
+  return `npm run simulate -- ${pair}--seed ${seed}${requests}${lives} --trace`
 }

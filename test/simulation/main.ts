@@ -1,10 +1,19 @@
 import { parseArgs } from 'node:util'
-import { replayOf, runCampaign, shrink, type Totals, workersByDefault } from './campaign.ts'
-import { runSeed, type SeedOptions } from './simulation.ts'
+import {
+  replayOf,
+  runCampaign,
+  shrink,
+  type Totals,
+  WORLDS,
+  type World,
+  workersByDefault,
+} from './campaign.ts'
+import type { SeedOptions } from './simulation.ts'
 
-const USAGE = `npm run simulate -- [--seeds FROM..TO | --minutes N] [--from SEED] [--workers N]
-npm run simulate -- --seed N [--requests N] [--lives N] [--trace]
+const USAGE = `npm run simulate -- [--pair] [--seeds FROM..TO | --minutes N] [--from SEED] [--workers N]
+npm run simulate -- [--pair] --seed N [--requests N] [--lives N] [--trace]
 
+  --pair     two daemons with a mirror between them (pair.ts); default: one (simulation.ts)
   --seeds    a range, each seed once; default 1..1000
   --minutes  as many seeds as that takes, from one that the clock chooses, or from --from
   --workers  threads; default: one a processor
@@ -12,6 +21,7 @@ npm run simulate -- --seed N [--requests N] [--lives N] [--trace]
 
 const { values } = parseArgs({
   options: {
+    pair: { type: 'boolean', default: false },
     seeds: { type: 'string' },
     minutes: { type: 'string' },
     from: { type: 'string' },
@@ -24,6 +34,8 @@ const { values } = parseArgs({
   },
 })
 
+const world: World = values.pair ? 'pair' : 'pool'
+
 if (values.help) console.log(USAGE)
 else process.exitCode = values.seed === undefined ? await campaign() : await one(number(values.seed))
 
@@ -33,7 +45,7 @@ async function one(seed: number): Promise<number> {
     ...(values.lives === undefined ? {} : { livesMax: number(values.lives) }),
     ...(values.trace ? { onTrace: (line: string) => console.log(line) } : {}),
   }
-  const result = await runSeed(seed, options)
+  const result = await WORLDS[world](seed, options)
   console.log(
     `seed ${seed}: ${result.lives} lives, ${result.answered} requests, ${result.steps} steps, trace hash ${result.hash}`,
   )
@@ -48,6 +60,7 @@ async function campaign(): Promise<number> {
   const start = performance.now()
   let toldAt = start
   const totals = await runCampaign({
+    world,
     from: number(from),
     ...(minutes === undefined ? { to: number(last) } : { forMs: minutes * 60_000 }),
     workers: values.workers === undefined ? workersByDefault() : number(values.workers),
@@ -61,15 +74,16 @@ async function campaign(): Promise<number> {
   })
   console.log(summary(totals, performance.now() - start))
   for (const { seed } of totals.failures.slice(0, 5)) {
-    console.log(`again: ${replayOf(seed, await shrink(seed))}`)
+    console.log(`again: ${replayOf(seed, await shrink(seed, world), world)}`)
   }
   return totals.failures.length === 0 ? 0 : 1
 }
 
 function summary(totals: Totals, ms: number): string {
-  const { seeds, answered, steps, deaths, powerCuts, faultyLives, failures } = totals
+  const { seeds, answered, steps, deaths, powerCuts, faultyLives, images, bits, failures } = totals
+  const pairs = world === 'pair' ? `${images} images, ${bits} comparisons with bitmaps, ` : ''
   const rate = Math.round((seeds * 60_000) / ms)
-  return `${seeds} seeds (${rate} a minute): ${answered} requests, ${steps} steps, ${deaths} ends, ${powerCuts} power cuts, ${faultyLives} lives with faults, ${failures.length} failures`
+  return `${seeds} seeds (${rate} a minute): ${answered} requests, ${steps} steps, ${deaths} ends, ${powerCuts} power cuts, ${faultyLives} lives with faults, ${pairs}${failures.length} failures`
 }
 
 function number(text: string): number {

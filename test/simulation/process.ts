@@ -26,7 +26,7 @@ export class Process {
   readonly random: Random
   /** May be exchanged: openings fail in other ways than a load does. */
   faults: FaultRates
-  readonly #of: Action | undefined
+  #of: Action | undefined
   #left: number // actions until it dies
   alive = true
   /** Any of its calls has failed. */
@@ -46,6 +46,17 @@ export class Process {
     this.faults = faults
     this.#of = lifetime.of
     this.#left = lifetime.actions
+  }
+
+  /** From now on it has so long to live. */
+  limit(lifetime: Lifetime): void {
+    this.#of = lifetime.of
+    this.#left = lifetime.actions
+  }
+
+  /** Runs `action` in this process: what it asks for ends with it. */
+  run<T>(action: () => T): T {
+    return this.scheduler.as(this, action)
   }
 
   /** Counts one action. @returns true when the process dies in the middle of it */
@@ -71,7 +82,7 @@ export class Process {
 
   /** Something that a device does some time; never, once the process is dead. */
   event(kind: string, detail: number, run: () => void): void {
-    if (this.alive) this.scheduler.event(kind, detail, run)
+    if (this.alive) this.scheduler.event(kind, detail, run, this)
   }
 
   /** As `event`, or at once. */

@@ -1,3 +1,5 @@
+import { AsyncLocalStorage } from 'node:async_hooks'
+import { createHash, webcrypto } from 'node:crypto'
 import { assert } from '../../src/base/assert.ts'
 import { Random } from '../support/random.ts'
 
@@ -13,12 +15,21 @@ import { Random } from '../support/random.ts'
  *
  * The product calls the timers and clocks of the global object. While a simulation runs, those are ours
  * (`installTime`), so nothing that is added to the product later can escape it.
+ *
+ * Where several processes are simulated, everything that is to happen has an *owner*: what runs on behalf of a process (`as`), and
+ * whatever follows from it, asks for timers and events of that process. They go with it (`clear`), and no others do.
  */
 export interface SimEvent {
   readonly kind: string // few of them: the schedule may prefer some kinds
   readonly detail: number // for the trace and its hash
   readonly run: () => void
   readonly slow: boolean
+  readonly owner: object | undefined
+}
+
+interface Immediate {
+  readonly run: () => void
+  readonly owner: object | undefined
 }
 
 interface Timer {
@@ -26,6 +37,7 @@ interface Timer {
   readonly order: number
   readonly period: number | undefined
   readonly run: () => void
+  readonly owner: object | undefined
 }
 
 /** How the next event is chosen; each life has one. */
@@ -43,7 +55,7 @@ export class Scheduler {
   now = 1_000
   steps = 0
   #events: SimEvent[] = []
-  #immediates: { run: () => void }[] = []
+  #immediates: Immediate[] = []
   #timers: Timer[] = []
   #order = 0
   #style: Style = 'even'
@@ -51,10 +63,14 @@ export class Scheduler {
   #hash = 0x811c9dc5
   #idleSince = 0
   readonly #onTrace: ((line: string) => void) | undefined
+  readonly #owned: boolean
+  readonly #context = new AsyncLocalStorage<object | undefined>()
 
-  constructor(random: Random, onTrace?: (line: string) => void) {
+  /** @param owned several processes: nothing is asked for without an owner, except by `event` */
+  constructor(random: Random, onTrace?: (line: string) => void, owned = false) {
     this.random = random
     this.#onTrace = onTrace
+    this.#owned = owned
   }
 
   /** Of everything that has happened so far. */
@@ -68,15 +84,30 @@ export class Scheduler {
     this.#preference.clear()
   }
 
-  /** Everything that was still to happen does not: the process is gone. */
-  clear(): void {
-    this.#events = []
-    this.#immediates = []
-    this.#timers = []
+  /** Everything that was still to happen does not: the process is gone. @param owner which one; absent: all */
+  clear(owner?: object): void {
+    const stays = (of: { readonly owner: object | undefined }): boolean =>
+      owner !== undefined && of.owner !== owner
+    this.#events = this.#events.filter(stays)
+    this.#immediates = this.#immediates.filter(stays)
+    this.#timers = this.#timers.filter(stays)
   }
 
-  event(kind: string, detail: number, run: () => void): void {
-    this.#events.push({ kind, detail, run, slow: this.random.below(6) === 0 })
+  /** @param owner of the event; absent: nobody, it comes whoever dies */
+  event(kind: string, detail: number, run: () => void, owner?: object): void {
+    this.#events.push({ kind, detail, run, slow: this.random.below(6) === 0, owner })
+  }
+
+  /** Runs `action`, and everything that follows from it, on behalf of `owner`. */
+  as<T>(owner: object | undefined, action: () => T): T {
+    return this.#owned ? this.#context.run(owner, action) : action()
+  }
+
+  #owner(what: string): object | undefined {
+    if (!this.#owned) return undefined
+    const owner = this.#context.getStore()
+    assert(owner !== undefined, `${what} that belongs to no process`)
+    return owner
   }
 
   mix(value: number): void {
@@ -129,7 +160,8 @@ export class Scheduler {
         return true
       }
       this.#note('immediate', 0)
-      this.#immediates.shift()?.run()
+      const immediate = this.#takeImmediate()
+      if (immediate !== undefined) this.as(immediate.owner, immediate.run)
       return true
     }
     this.#idleSince = this.now
@@ -137,8 +169,16 @@ export class Scheduler {
     const [event] = this.#events.splice(index, 1)
     assert(event !== undefined)
     this.#note(event.kind, event.detail)
-    event.run()
+    this.as(event.owner, event.run)
     return true
+  }
+
+  /** The first one of some process. */
+  #takeImmediate(): Immediate | undefined {
+    if (!this.#owned) return this.#immediates.shift()
+    const { owner } = this.random.pick(this.#immediates)
+    const index = this.#immediates.findIndex((each) => each.owner === owner)
+    return this.#immediates.splice(index, 1)[0]
   }
 
   #choose(): number {
@@ -195,7 +235,7 @@ export class Scheduler {
     this.#note('timer', timer.order)
     if (timer.period === undefined) this.#timers.splice(this.#timers.indexOf(timer), 1)
     else timer.due = this.now + timer.period
-    timer.run()
+    this.as(timer.owner, timer.run)
   }
 
   #note(kind: string, detail: number): void {
@@ -225,6 +265,7 @@ export class Scheduler {
         order: this.#order++,
         period: repeats ? delay : undefined,
         run,
+        owner: this.#owner('a timer'),
       }
       this.#timers.push(timer)
       return { ref: noop, unref: noop, timer }
@@ -236,7 +277,7 @@ export class Scheduler {
         this.#immediates = this.#immediates.filter((each) => each !== handle.immediate)
     }
     const immediately = (action: (...given: unknown[]) => void, ...given: unknown[]): object => {
-      const immediate = { run: () => action(...given) }
+      const immediate = { run: () => action(...given), owner: this.#owner('an immediate') }
       this.#immediates.push(immediate)
       return { immediate }
     }
@@ -251,11 +292,21 @@ export class Scheduler {
       clearInterval: stop,
       clearImmediate: stop,
     })
+    // Hashes are computed by threads, which are not ours.
+    const digest = async (_algorithm: string, content: Uint8Array): Promise<ArrayBuffer> => {
+      const hash = new Uint8Array(createHash('sha256').update(content).digest())
+      await new Promise<void>((resolve) =>
+        this.event('hash', content.length, resolve, this.#owner('a hash')),
+      )
+      return hash.buffer
+    }
+    Object.defineProperty(webcrypto.subtle, 'digest', { value: digest, configurable: true })
     performance.now = () => this.now
     Date.now = () => 1_700_000_000_000 + Math.floor(this.now)
     return () => {
       Object.assign(globalThis, Object.fromEntries(before))
       Reflect.deleteProperty(performance, 'now')
+      Reflect.deleteProperty(webcrypto.subtle, 'digest')
       Date.now = dateNow
     }
   }
@@ -264,9 +315,9 @@ export class Scheduler {
 const noop = (): void => {}
 const realSetImmediate = setImmediate
 
-/** Resolves when no promise has anything left to run: node runs ticks only then. */
-function drained(): Promise<void> {
-  return new Promise((resolve) => process.nextTick(resolve))
+/** Resolves when no promise has anything left to run: node runs ticks only then. Streams have ticks of their own. */
+async function drained(): Promise<void> {
+  for (let n = 0; n < 3; n++) await new Promise<void>((resolve) => process.nextTick(resolve))
 }
 
 function turn(): Promise<void> {

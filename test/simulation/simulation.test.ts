@@ -1,6 +1,7 @@
 import { describe, expect, it } from 'vitest'
-import { replayOf, runCampaign, shrink } from './campaign.ts'
-import { runSeed, type SeedResult } from './simulation.ts'
+import { runCampaign } from './campaign.ts'
+import { runSeed } from './simulation.ts'
+import { told } from './told.ts'
 
 /**
  * The simulation in the time that a test run has: seeds that are the same in every run, and then others, as many as the rest
@@ -11,13 +12,6 @@ const FIXED_SEEDS = 400
 const BUDGET_MS = Number(process.env['FULLSTRIPE_TEST_SIMULATION_MS'] ?? 80_000)
 const OTHERS_MS_MIN = 2_000 // however slow the machine is
 let usedMs = 0
-
-async function told(failures: readonly SeedResult[]): Promise<string[]> {
-  const lines: string[] = []
-  for (const { seed, failure } of failures)
-    lines.push(`seed ${seed}: ${failure}\n  again: ${replayOf(seed, await shrink(seed))}`)
-  return lines
-}
 
 describe('simulation', () => {
   it('takes the same steps for the same seed', async () => {

@@ -39,15 +39,29 @@ export interface SeedResult {
   readonly deaths: number
   readonly powerCuts: number
   readonly faultyLives: number
+  readonly images?: number // of secondaries that were looked at
+  readonly bits?: number // times that all units of a pair were compared with the bitmaps
 }
 
 let running = false
 
-/** One at a time in a thread, because each has the thread's timers to itself. */
+/** Whatever is simulated: one pool, or a pair. */
+export interface Simulated {
+  readonly scheduler: Scheduler
+  run(): Promise<void>
+  fail(problem: string): void
+}
+
 export async function runSeed(seed: number, options: SeedOptions = {}): Promise<SeedResult> {
+  const simulation = new Simulation(seed, options)
+  await simulate(simulation)
+  return simulation.result
+}
+
+/** One at a time in a thread, because each has the thread's timers to itself. */
+export async function simulate(simulation: Simulated): Promise<void> {
   assert(!running, 'one simulation at a time')
   running = true
-  const simulation = new Simulation(seed, options)
   const restore = simulation.scheduler.installTime()
   const onError = (error: unknown): void => simulation.fail(describe(error))
   process.on('uncaughtException', onError)
@@ -62,10 +76,9 @@ export async function runSeed(seed: number, options: SeedOptions = {}): Promise<
     restore()
     running = false
   }
-  return simulation.result
 }
 
-class Simulation {
+class Simulation implements Simulated {
   readonly scheduler: Scheduler
   readonly #seed: number
   readonly #options: SeedOptions

@@ -49,11 +49,14 @@ export class SimVolumes {
   }
 
   /** A volume that is about to be created. */
-  add(options: VolumeCreateOptions): SimVolume {
+  add(
+    options: VolumeCreateOptions,
+    history = new History(STRIPES_MAX * this.#stripeSize, options.fill ?? 0),
+  ): SimVolume {
     const volume: SimVolume = {
       options,
       name: options.name,
-      history: new History(STRIPES_MAX * this.#stripeSize, options.fill ?? 0),
+      history,
       size: options.size,
       nextSizes: [],
       state: 'creating',

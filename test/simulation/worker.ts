@@ -1,8 +1,8 @@
 import { parentPort } from 'node:worker_threads'
-import { runSeed } from './simulation.ts'
+import { WORLDS, type World } from './campaign.ts'
 
 /** A thread of campaign.ts: a seed comes in, its result goes out. */
 const port = parentPort
-port?.on('message', (seed: number) => {
-  runSeed(seed).then((result) => port.postMessage(result))
+port?.on('message', ({ world, seed }: { world: World; seed: number }) => {
+  WORLDS[world](seed).then((result) => port.postMessage(result))
 })

@@ -7,6 +7,7 @@
  */
 import { createInterface } from 'node:readline'
 import { pino } from 'pino'
+import { resolveConfig } from '../../dist/daemon/config.js'
 import { Daemon } from '../../dist/daemon/daemon.js'
 
 let daemon
@@ -14,10 +15,12 @@ let guests = false
 
 const commands = {
   /** Opens the pool and listens. */
-  async open({ pool, datapath, threads }) {
+  async open({ pool, datapath, threads, link }) {
     const log = pino({ level: process.env.TEST_LOG ?? 'silent' }, pino.destination({ fd: 2, sync: true }))
     const listen = [`nbd+unix:///?socket=${pool}/nbd.sock`]
-    daemon = await Daemon.start({ pool, datapath, threads, listen, logLevel: 'silent' }, log)
+    const given = { threads, link }
+    const chosen = Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined))
+    daemon = await Daemon.start(resolveConfig(pool, { datapath, listen, ...chosen }), log)
     return daemon.pool.datapath.description
   },
   /** Starts the background formatter of a thick volume. */
@@ -35,6 +38,14 @@ const commands = {
   /** Connections that the datapath serves. */
   async sessions() {
     return daemon.pool.volumes().reduce((sum, volume) => sum + volume.info().sessions, 0)
+  },
+  /** Asks the mirrors (MirrorControl). */
+  async mirror({ method, args }) {
+    return daemon.mirrors[method](...args.map((arg) => arg ?? undefined))
+  },
+  /** HOST:PORT for peers. */
+  async listening() {
+    return daemon.mirrors.listening
   },
   async stop() {
     await daemon.stop()
