@@ -68,7 +68,8 @@ export class Forwarder {
       const under: Under = { offset, length, known, resolve, reject }
       this.#under.add(under)
       const before = offset - upcall.offset
-      const payload = (from: number, target: Buffer): void => this.#volume.readPayload(id, before + from, target)
+      const payload = (from: number, target: Buffer): void =>
+        this.#volume.readPayload(id, before + from, target)
       // Whether zeros are fast is decided here: the other side does what this one has begun.
       remote.apply({ kind, offset, length, flags: flags & ~FLAG_FAST_ZERO, payload }).then(
         () => {

@@ -144,7 +144,9 @@ export class Primary implements ChangeWatcher {
   }
 
   forward(upcall: Upcall, offset: number, length: number): Forwarding | undefined {
-    return this.#forwarder.following || this.#blocks ? this.#forwarder.forward(upcall, offset, length) : undefined
+    return this.#forwarder.following || this.#blocks
+      ? this.#forwarder.forward(upcall, offset, length)
+      : undefined
   }
 
   failedHere({ offset, length }: Upcall): void {
@@ -329,7 +331,13 @@ export class Primary implements ChangeWatcher {
 
   /** Until somebody calls `#wake`, or so long. */
   async #idle(ms?: number): Promise<void> {
-    if (this.#remote === undefined || this.#closed || this.#interrupt !== undefined || this.#refusal !== undefined) return
+    if (
+      this.#remote === undefined ||
+      this.#closed ||
+      this.#interrupt !== undefined ||
+      this.#refusal !== undefined
+    )
+      return
     await new Promise<void>((resolve) => {
       const timer = ms === undefined ? undefined : setTimeout(resolve, ms)
       this.#wake = () => {
@@ -373,7 +381,8 @@ export class Primary implements ChangeWatcher {
       const units = Math.ceil(size / this.record.unitBytes)
       this.bits.resize(units)
       // As in MirrorBook.resize, unless the secondary had the size before: then it cut off the same, or follows.
-      if (before !== this.#agreedSize || size < before) this.bits.changeRange(Math.min(unitCount, units) - 1, units)
+      if (before !== this.#agreedSize || size < before)
+        this.bits.changeRange(Math.min(unitCount, units) - 1, units)
     }
     this.#suspended = false
     this.#again('the volume has another size')

@@ -3,7 +3,8 @@ import type { MirrorInfo } from '../../src/mirror/types.ts'
 import { Pair } from '../support/mirror-pair.ts'
 import { isPending, until } from '../support/poll.ts'
 import type { DatapathChoice } from '../support/served-pool.ts'
-import { SMALL_POOL, Versions, snapshot } from './versions.ts'
+import { DATAPATHS } from '../support/volumes.ts'
+import { SMALL_POOL, snapshot, Versions } from './versions.ts'
 
 /**
  * A bad network between the two sides, in every state of a mirror, while clients write: it comes back by itself, what the secondary holds
@@ -12,7 +13,6 @@ import { SMALL_POOL, Versions, snapshot } from './versions.ts'
 const SIZE = 255 * 4096 + 512
 const STATES = ['copying', 'cycling', 'insync'] as const
 type State = (typeof STATES)[number]
-const DATAPATHS: DatapathChoice[] = ['native', 'portable']
 
 const pairs: Pair[] = []
 afterEach(async () => {
@@ -42,7 +42,12 @@ const FAULTS: readonly Fault[] = [
       relay.onConnect = 'forward'
     },
   },
-  { name: 'stalled for a while', ends: false, hurt: ({ relay }) => relay.stall(), heal: ({ relay }) => relay.resume() },
+  {
+    name: 'stalled for a while',
+    ends: false,
+    hurt: ({ relay }) => relay.stall(),
+    heal: ({ relay }) => relay.resume(),
+  },
   {
     name: 'stalled one way',
     ends: false,
@@ -73,8 +78,18 @@ const FAULTS: readonly Fault[] = [
     },
     heal: () => {},
   },
-  { name: 'half open, the primary is gone', ends: true, hurt: ({ relay }) => relay.halfOpen('near'), heal: () => {} },
-  { name: 'half open, the secondary is gone', ends: true, hurt: ({ relay }) => relay.halfOpen('far'), heal: () => {} },
+  {
+    name: 'half open, the primary is gone',
+    ends: true,
+    hurt: ({ relay }) => relay.halfOpen('near'),
+    heal: () => {},
+  },
+  {
+    name: 'half open, the secondary is gone',
+    ends: true,
+    hurt: ({ relay }) => relay.halfOpen('far'),
+    heal: () => {},
+  },
 ]
 
 async function prepared(datapath: DatapathChoice, state: State, onLoss: 'continue' | 'block' = 'continue') {
@@ -87,7 +102,8 @@ async function prepared(datapath: DatapathChoice, state: State, onLoss: 'continu
   const rate = state === 'copying' ? 1 << 20 : null
   const mode = state === 'insync' ? 'sync' : 'async'
   await pair.one.mirrors.add({ volume: 'data', peer: pair.address, mode, intervalMs: 20, onLoss, rate })
-  if (state === 'copying') await until(() => pair.one.show('data').counters.units > 20, 'the copy is under way')
+  if (state === 'copying')
+    await until(() => pair.one.show('data').counters.units > 20, 'the copy is under way')
   else await pair.one.reach('data', state)
   return { pair, client, versions }
 }
@@ -126,38 +142,50 @@ async function goOn(pair: Pair, state: State): Promise<MirrorInfo> {
 }
 
 describe.each(DATAPATHS)('a bad network, %s', (datapath) => {
-  it.each(FAULTS)('$name: it comes back by itself', async (fault) => {
-    await Promise.all(
-      STATES.map(async (state) => {
-        const { pair, client, versions } = await prepared(datapath, state)
-        const watch = new Watch(pair, versions)
-        versions.start(client)
-        const before = pair.two.events.length
-        fault.hurt(pair)
-        if (fault.ends) {
-          await until(() => pair.one.events.some(({ message }) => /(degraded|connecting): /.test(message)), 'it is noticed', 20_000)
-        } else {
-          const { counters } = pair.one.show('data')
+  it.each(FAULTS)(
+    '$name: it comes back by itself',
+    async (fault) => {
+      await Promise.all(
+        STATES.map(async (state) => {
+          const { pair, client, versions } = await prepared(datapath, state)
+          const watch = new Watch(pair, versions)
+          versions.start(client)
+          const before = pair.two.events.length
+          fault.hurt(pair)
+          if (fault.ends) {
+            await until(
+              () => pair.one.events.some(({ message }) => /(degraded|connecting): /.test(message)),
+              'it is noticed',
+              20_000,
+            )
+          } else {
+            const { counters } = pair.one.show('data')
+            const { answers } = versions
+            if (state !== 'insync') await until(() => versions.answers > answers + 20, 'clients go on')
+            expect(pair.one.show('data').counters.cycles).toBeLessThanOrEqual(counters.cycles + 1)
+          }
+          fault.heal(pair)
           const { answers } = versions
-          if (state !== 'insync') await until(() => versions.answers > answers + 20, 'clients go on')
-          expect(pair.one.show('data').counters.cycles).toBeLessThanOrEqual(counters.cycles + 1)
-        }
-        fault.heal(pair)
-        const { answers } = versions
-        await until(() => versions.answers > answers + 20, 'clients go on', 20_000)
-        await pair.one.reach('data', state === 'copying' ? 'copying' : state, state === 'insync' ? 'insync' : 'cycling')
-        await versions.stop()
-        await goOn(pair, state)
-        await watch.stop()
-        expect(watch.problems, `${state}, ${fault.name}`).toEqual([])
-        expect(versions.errors).toEqual([])
-        const content = await pair.two.content('data')
-        expect(versions.check(content, versions.now), `${state}, ${fault.name}`).toBeUndefined()
-        expect(content.equals(await pair.one.content('data'))).toBe(true)
-        expect(pair.two.events.length).toBeGreaterThanOrEqual(before)
-      }),
-    )
-  }, 60_000)
+          await until(() => versions.answers > answers + 20, 'clients go on', 20_000)
+          await pair.one.reach(
+            'data',
+            state === 'copying' ? 'copying' : state,
+            state === 'insync' ? 'insync' : 'cycling',
+          )
+          await versions.stop()
+          await goOn(pair, state)
+          await watch.stop()
+          expect(watch.problems, `${state}, ${fault.name}`).toEqual([])
+          expect(versions.errors).toEqual([])
+          const content = await pair.two.content('data')
+          expect(versions.check(content, versions.now), `${state}, ${fault.name}`).toBeUndefined()
+          expect(content.equals(await pair.one.content('data'))).toBe(true)
+          expect(pair.two.events.length).toBeGreaterThanOrEqual(before)
+        }),
+      )
+    },
+    60_000,
+  )
 
   it('a slow peer lengthens the cycles, and clients do not wait for it', async () => {
     const { pair, client, versions } = await prepared(datapath, 'cycling')
@@ -166,10 +194,14 @@ describe.each(DATAPATHS)('a bad network, %s', (datapath) => {
     versions.start(client)
     const { cycles, saves } = pair.one.show('data').counters
     await until(() => pair.one.show('data').counters.cycles > cycles + 3, 'some cycles', 30_000)
-    expect(pair.one.show('data').counters.saves).toBeGreaterThan(saves)
-    const answers = versions.answers
+    await until(
+      () => pair.one.show('data').counters.saves > saves,
+      'units are saved before they change',
+      30_000,
+    )
+    const { answers } = versions
+    await until(() => versions.answers > answers + 100, 'clients go on', 30_000)
     await versions.stop()
-    expect(answers).toBeGreaterThan(100)
     pair.relay.up.bytesPerSecond = Number.POSITIVE_INFINITY
     await goOn(pair, 'cycling')
     await watch.stop()
@@ -257,18 +289,18 @@ describe.each(DATAPATHS)('a bad network, %s', (datapath) => {
     const pair = await Pair.open({ datapath, pool: { ...SMALL_POOL, capacity: 256 << 20 } })
     pairs.push(pair)
     const { one, two } = pair
-    const size = 80 << 20
+    const size = 48 << 20
     await one.pool.createVolume({ name: 'data', size })
     const client = await one.connect('data')
-    await client.write(Buffer.alloc(size, 7).subarray(0, 32 << 20), 0)
-    await client.write(Buffer.alloc(size - (32 << 20), 7), 32 << 20)
+    for (let at = 0; at < size; at += 16 << 20) await client.write(Buffer.alloc(16 << 20, 7), at)
     await one.mirrors.add({ volume: 'data', peer: pair.address, mode: 'async', intervalMs: 20 })
     await one.reach('data', 'cycling')
     pair.relay.onConnect = 'reset'
     pair.relay.cut()
     await one.reach('data', 'degraded')
-    for (let at = 0; at < size; at += 2048 * 4096) {
-      await Promise.all(Array.from({ length: 1024 }, (_, i) => client.trim({ offset: at + i * 8192, length: 4096 })).slice(0, (size - at) / 8192))
+    for (let at = 0; at < size; at += 8 << 20) {
+      const trims = Array.from({ length: 1024 }, (_, i) => ({ offset: at + i * 8192, length: 4096 }))
+      await Promise.all(trims.map((range) => client.trim(range)))
     }
     pair.relay.onConnect = 'forward'
     await one.reach('data', 'cycling')

@@ -80,13 +80,22 @@ export class Versions {
 
   async #write(client: NbdClient, lane: number, block: number, trims: boolean): Promise<boolean> {
     const token = trims ? 0n : newToken()
-    const operation = { block, token, sent: ++this.#events, answered: Number.POSITIVE_INFINITY, failed: false }
+    const operation = {
+      block,
+      token,
+      sent: ++this.#events,
+      answered: Number.POSITIVE_INFINITY,
+      failed: false,
+    }
     this.#lanes[lane]?.push(operation)
     const offset = block * BLOCK
     const length = Math.min(BLOCK, this.size - offset)
     try {
       if (trims) await client.trim({ offset, length })
-      else await client.write(sectorData(token, offset, length), offset, { durable: this.#random.below(4) === 0 })
+      else
+        await client.write(sectorData(token, offset, length), offset, {
+          durable: this.#random.below(16) === 0,
+        })
       operation.answered = ++this.#events
       return true
     } catch (error) {

@@ -153,6 +153,16 @@ export class History {
     return undefined
   }
 
+  /** All content was replaced by this, durably, with nothing under way. */
+  replaced(content: Buffer): void {
+    this.#readsUnderWay.clear()
+    for (let sector = 0; sector < this.#sectors.length; sector++) {
+      const inside = sector < content.length / SECTOR
+      const token = inside ? this.#tokenAt(content, sector * SECTOR, sector) : this.#initial
+      this.#sectors[sector] = [this.#settled(token)]
+    }
+  }
+
   #operation(offset: number, length: number, token: bigint): (durable: boolean) => void {
     const operation: Operation = { token, begin: ++this.#clock, end: NEVER, durable: false }
     for (let sector = offset / SECTOR; sector < (offset + length) / SECTOR; sector++) {

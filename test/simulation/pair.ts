@@ -1,4 +1,5 @@
 import { messageOf, UserError } from '../../src/base/errors.ts'
+import type { MirrorRecord } from '../../src/metadata/records.ts'
 import type { MirrorAddOptions } from '../../src/mirror/types.ts'
 import type { VolumeCreateOptions } from '../../src/volume/pool.ts'
 import type { Random } from '../support/random.ts'
@@ -25,6 +26,8 @@ import { type SimVolume, SimVolumes, STRIPES_MAX, sizeOf } from './volumes.ts'
  *  - Whatever a secondary holds after its restart, or while it runs, is its primary's volume at one moment (async: timeline.ts); or, in
  *    sync, everything that was answered until the two parted (block: ever).
  *  - With both at rest: a copy unit that differs is marked on one of the sides.
+ *  - After a planned change of roles nothing that was answered is missing; after any other, the new primary's clients find what the
+ *    secondary had, and what the old one had changed alone is gone once it was discarded.
  *  - The primary's own promises (history.ts); `check` after every end.
  */
 export async function runPair(seed: number, options: SeedOptions = {}): Promise<SeedResult> {
@@ -53,6 +56,10 @@ class PairSimulation implements Simulated {
   readonly #one: Side
   readonly #two: Side
   readonly #sides: readonly [Side, Side]
+  #primary: Side
+  #secondary: Side
+  /** Of the last change of roles: before a later one the secondary holds what it had as a primary. */
+  #swapCycle = -1
   readonly #volumes: SimVolumes
   readonly #history: MirroredHistory
   readonly #volume: SimVolume
@@ -69,6 +76,7 @@ class PairSimulation implements Simulated {
   #mortal = false
   #disturbances = 0 // left in this round
   #changing = false // by the operator
+  #nextTry = 0 // of the operator: a step
   #added = false
   #floor = 0 // moment that the secondary's image is not before
   #following: Following | undefined
@@ -92,9 +100,15 @@ class PairSimulation implements Simulated {
     })
     const members = random.pick([1, 1, 2])
     const other = random.below(3) === 0 ? 3 - members : members
-    this.#one = new Side('one', this.scheduler, this.#network, shape(members), (kind) => this.#onEvent(kind))
-    this.#two = new Side('two', this.scheduler, this.#network, shape(other), () => {})
+    this.#one = new Side('one', this.scheduler, this.#network, shape(members), (kind) =>
+      this.#onEvent(this.#one, kind),
+    )
+    this.#two = new Side('two', this.scheduler, this.#network, shape(other), (kind) =>
+      this.#onEvent(this.#two, kind),
+    )
     this.#sides = [this.#one, this.#two]
+    this.#primary = this.#one
+    this.#secondary = this.#two
     const { stripeSize } = this.#one.machine
     this.#volumes = new SimVolumes(stripeSize)
     const stripes = 2 + random.below(random.pick([6, 24]))
@@ -155,8 +169,12 @@ class PairSimulation implements Simulated {
       this.scheduler.restyle()
       await this.#round()
       if (this.#failure !== undefined) return
-      if (random.below(3) > 0) await this.#rest(false)
+      const end = random.below(8)
+      if (end < 4) await this.#rest(false)
       else await this.#heal()
+      if (this.#failure !== undefined) return
+      if (end === 6) await this.#swap()
+      else if (end === 7) await this.#take()
     }
     if (this.#failure !== undefined) return
     this.#doing = 'the end'
@@ -283,10 +301,10 @@ class PairSimulation implements Simulated {
 
   /** What an operator does to the mirror. */
   #operate(): void {
-    const { process, phase } = this.#one
+    const { process, phase } = this.#primary
     if (process === undefined || phase !== 'up' || this.#changing || !this.#added) return
     const random = this.#random
-    const { mirrors } = this.#one
+    const { mirrors } = this.#primary
     const { state, mode } = mirrors.show(VOLUME)
     this.#changing = true
     const act = async (): Promise<void> => {
@@ -318,9 +336,9 @@ class PairSimulation implements Simulated {
     this.#changes(process, act)
   }
 
-  #changes(process: Process, act: () => Promise<void>): void {
+  #changes(process: Process, act: () => Promise<unknown>): void {
     const over = (): void => {
-      if (this.#one.process === process) this.#changing = false
+      this.#changing = false
     }
     process
       .run(act)
@@ -338,7 +356,7 @@ class PairSimulation implements Simulated {
 
   /** After each step: clients come where they can. */
   #tendLoad(): void {
-    const { process, phase } = this.#one
+    const { process, phase } = this.#primary
     if (process === undefined || phase !== 'up') return
     if (this.#load !== undefined && this.#loadOf === process) {
       if (!this.#load.done) return
@@ -351,10 +369,10 @@ class PairSimulation implements Simulated {
     this.#requests = 0
     const load = new Load(
       process,
-      this.#one.pool,
+      this.#primary.pool,
       this.#volumes,
       shape,
-      this.#one.machine.stripeSize,
+      this.#primary.machine.stripeSize,
       (problem) => this.fail(problem),
     )
     this.#load = load
@@ -382,10 +400,10 @@ class PairSimulation implements Simulated {
 
   #kill(side: Side, power: boolean, closed = false): void {
     this.#deaths++
+    this.#changing = false // it may never end
     if (power) this.#powerCuts++
-    if (side === this.#one) {
+    if (side === this.#primary) {
       this.#parts()
-      this.#changing = false
       if (this.#load !== undefined) {
         this.#answered += this.#load.answered
         this.#load = undefined
@@ -426,12 +444,12 @@ class PairSimulation implements Simulated {
     const { volume } = side
     if (volume === undefined || this.#volume.state !== 'there') return
     const content = await side.content(volume)
-    if (side === this.#one) {
+    if (side === this.#primary) {
       const wrong = this.#history.restarted(content, side.event, false)
       if (wrong !== undefined) this.fail(`the primary: ${wrong}`)
       if (this.#random.below(2) === 0 && (volume.record.intents?.stops ?? 0) > 0) await volume.acknowledge()
     } else {
-      this.#checkImage(content, side.event !== 'lost power')
+      this.#checkImage(content, side.event !== 'lost power', this.#record(side))
     }
     side.event = 'closed'
   }
@@ -439,9 +457,10 @@ class PairSimulation implements Simulated {
   // ---- what a secondary may hold
 
   /** An event of the primary's mirror. */
-  #onEvent(kind: string): void {
+  #onEvent(side: Side, kind: string): void {
+    if (side !== this.#primary) return
     if (kind === 'mirror.insync') {
-      const record = this.#record(this.#one)
+      const record = this.#record(this.#primary)
       if (record === undefined) return
       this.#following = { cycle: record.cycle, from: this.#history.timeline.now(), to: Number.POSITIVE_INFINITY }
       this.#blocking = record.onLoss === 'block'
@@ -466,9 +485,8 @@ class PairSimulation implements Simulated {
   }
 
   /** @param survived the kernel of the secondary has lived on since */
-  #checkImage(content: Buffer, survived: boolean): void {
-    const record = this.#record(this.#two)
-    if (record === undefined || !record.initialized) return
+  #checkImage(content: Buffer, survived: boolean, record: MirrorRecord | undefined): void {
+    if (record?.role !== 'secondary' || !record.initialized || record.cycle <= this.#swapCycle) return
     this.#images++
     if (!survived) this.#lost = true
     const { timeline } = this.#history
@@ -514,10 +532,10 @@ class PairSimulation implements Simulated {
   async #stop(side: Side, how: number): Promise<void> {
     if (side.phase === 'down') return
     const { process } = side
-    const quiet = side === this.#two || this.#loadDone()
+    const quiet = side === this.#secondary || this.#loadDone()
     if (how >= 3 && process !== undefined && side.phase === 'up' && quiet) {
-      const flushed = side === this.#one ? this.#history.flush() : () => {}
-      if (side === this.#one) this.#parts()
+      const flushed = side === this.#primary ? this.#history.flush() : () => {}
+      if (side === this.#primary) this.#parts()
       await this.#do(side, `closing ${side.name}`, () => side.close())
       flushed()
       if (this.#failure === undefined) this.#kill(side, false, true)
@@ -529,19 +547,18 @@ class PairSimulation implements Simulated {
   /** With nothing under way. */
   async #compare(equal: boolean): Promise<void> {
     const contents: Buffer[] = []
-    for (const side of this.#sides) {
-      await this.#do(side, 'reading all', async () => {
-        if (side.volume !== undefined) contents.push(await side.content(side.volume))
-      })
+    for (const side of [this.#primary, this.#secondary]) {
+      const content = await this.#contentOf(side)
+      if (content !== undefined) contents.push(content)
     }
     const [one, two] = contents
-    const record = this.#record(this.#one)
+    const record = this.#record(this.#primary)
     if (one === undefined || two === undefined || record === undefined) return
     if (equal && !one.equals(two)) return this.fail(`the two differ after all: ${different(one, two)}`)
-    if (!record.clean) return
+    if (!record.clean || record.role !== 'primary' || this.#record(this.#secondary)?.role !== 'secondary') return
     this.#bits++
     const { unitBytes } = record
-    const marked = [...this.#marked(this.#one), ...this.#marked(this.#two), ...this.#suspect(this.#two)]
+    const marked = [...this.#marked(this.#primary), ...this.#marked(this.#secondary), ...this.#suspect(this.#secondary)]
     for (let unit = 0; unit * unitBytes < one.length; unit++) {
       const from = unit * unitBytes
       const to = Math.min(one.length, from + unitBytes)
@@ -564,21 +581,16 @@ class PairSimulation implements Simulated {
   /** Everything works again; then nothing is lacking. */
   async #heal(): Promise<void> {
     this.#network.go()
-    await this.#until('healing', () => this.#sides.every(({ phase }) => phase === 'up') && this.#loadDone())
-    if (this.#failure !== undefined) return
-    // Nothing dies any more; what the operator began ends first.
-    await this.#until('the operator', () => !this.#changing)
-    if (this.#one.mirrors.show(VOLUME).state === 'paused') {
-      await this.#do(this.#one, 'resume', async () => {
-        await this.#one.mirrors.resume(VOLUME)
-      })
-    }
     await this.#until(
       'healing',
-      () => this.#isWhole(),
       () => {
-        if (this.#one.phase !== 'up') return 'the primary is down'
-        const { state, reason, lag, connected } = this.#one.mirrors.show(VOLUME)
+        const up = this.#sides.every(({ phase }) => phase === 'up')
+        if (up) this.#tendMirror()
+        return up && this.#loadDone() && this.#isWhole()
+      },
+      () => {
+        if (this.#primary.phase !== 'up') return 'the primary is down'
+        const { state, reason, lag, connected } = this.#primary.mirrors.show(VOLUME)
         return `${state} (${reason}), ${connected ? 'connected' : 'not connected'}, ${lag.bytes} bytes lacking`
       },
     )
@@ -586,23 +598,120 @@ class PairSimulation implements Simulated {
     await this.#compareLive()
   }
 
+  /** What only an operator can settle. */
+  #tendMirror(): void {
+    const { process, mirrors } = this.#primary
+    if (process === undefined || this.#changing || this.scheduler.steps < this.#nextTry) return
+    const { state } = mirrors.show(VOLUME)
+    if (state !== 'paused' && state !== 'splitbrain') return
+    this.#nextTry = this.scheduler.steps + 100
+    this.#changing = true
+    if (state === 'paused') {
+      this.#changes(process, () => mirrors.resume(VOLUME))
+      return
+    }
+    const other = this.#secondary
+    if (this.#random.below(2) === 0 || other.process === undefined) {
+      this.#changes(process, () => mirrors.resolve(VOLUME, undefined, 'remote'))
+    } else {
+      this.#changes(other.process, () => other.mirrors.resolve(VOLUME, undefined, 'local'))
+    }
+  }
+
   #isWhole(): boolean {
     if (this.#changing || this.#sides.some(({ phase }) => phase !== 'up')) return false
-    const { state, lag, connected } = this.#one.mirrors.show(VOLUME)
+    const { state, lag, connected } = this.#primary.mirrors.show(VOLUME)
     return connected && lag.bytes === 0 && (state === 'insync' || state === 'cycling')
   }
 
   async #compareLive(): Promise<void> {
     const contents: Buffer[] = []
-    for (const side of this.#sides) {
-      await this.#do(side, 'reading all', async () => {
-        if (side.volume !== undefined) contents.push(await side.content(side.volume))
-      })
+    for (const side of [this.#primary, this.#secondary]) {
+      const content = await this.#contentOf(side)
+      if (content !== undefined) contents.push(content)
     }
     const [one, two] = contents
     if (one === undefined || two === undefined) return
     if (!one.equals(two)) return this.fail(`the two differ when nothing is lacking: ${different(one, two)}`)
-    this.#checkImage(two, true)
+    this.#checkImage(two, true, this.#record(this.#secondary))
+  }
+
+  // ---- roles
+
+  /** A planned change of roles, with nothing under way. */
+  async #swap(): Promise<void> {
+    const { timeline } = this.#history
+    const [one, two] = [this.#primary, this.#secondary]
+    this.#parts()
+    await this.#do(one, 'demote', () => one.mirrors.demote(VOLUME, undefined, { force: true }))
+    await this.#do(two, 'promote', () => two.mirrors.promote(VOLUME))
+    if (this.#failure !== undefined) return
+    const content = await this.#contentOf(two)
+    if (content === undefined) return
+    const wrong = this.#history.restarted(content, 'closed', false)
+    if (wrong !== undefined) return this.fail(`the new primary: ${wrong}`)
+    this.#rolesAre(two, one, timeline.now())
+  }
+
+  /** The primary dies, and the secondary takes its place. The old one comes back as a primary, and may have changed something more. */
+  async #take(): Promise<void> {
+    const random = this.#random
+    const [one, two] = [this.#primary, this.#secondary]
+    const record = this.#record(two)
+    if (record?.initialized !== true) return
+    this.#requests = random.pick([0, 10, 30])
+    const end = this.scheduler.steps + random.below(800)
+    await this.#until('some more load', () => this.scheduler.steps >= end || this.#loadDone())
+    if (this.#failure !== undefined) return
+    this.#requests = 0
+    this.#kill(one, random.below(2) === 0)
+    this.#requests = 0
+    await this.#go(random.below(100))
+    const before = this.#record(two)
+    await this.#do(two, 'promote', () => two.mirrors.promote(VOLUME, undefined, { force: true }))
+    const content = await this.#contentOf(two)
+    if (content === undefined) return
+    this.#checkImage(content, true, before)
+    if (this.#failure !== undefined) return
+    this.#history.replaced(content)
+    this.#rolesAre(two, one, this.#history.timeline.now())
+    this.#requests = random.pick([0, 10, 30])
+    this.#bootLater(one, 1 + random.below(200))
+    await this.#until('the old primary', () => one.phase === 'up')
+    const alone = random.below(3)
+    await this.#do(one, 'changes over there', async () => {
+      const { volume } = one
+      for (let n = 0; n < alone && volume !== undefined; n++) {
+        const offset = SECTOR * random.below(volume.size / SECTOR)
+        const length = Math.min(volume.size - offset, SECTOR * (1 + random.below(12)))
+        const data = sectorData(this.#volumes.newToken(), offset, length)
+        // Where it was told to give up already, nobody may write.
+        const own = this.#record(one)
+        const blocks = own?.mode === 'sync' && own.onLoss === 'block'
+        if (own?.role === 'primary' && !blocks) await volume.submit('write', offset, length, 0, data)
+      }
+    })
+    if (random.below(2) === 0) await this.#heal()
+  }
+
+  #rolesAre(primary: Side, secondary: Side, at: number): void {
+    this.scheduler.trace(() => `${primary.name} is the primary now`)
+    this.#primary = primary
+    this.#secondary = secondary
+    this.#swapCycle = this.#record(primary)?.cycle ?? -1
+    this.#following = undefined
+    this.#blocking = false
+    this.#lost = false
+    this.#floor = at
+    this.#load = undefined
+  }
+
+  async #contentOf(side: Side): Promise<Buffer | undefined> {
+    let content: Buffer | undefined
+    await this.#do(side, 'reading all', async () => {
+      if (side.volume !== undefined) content = await side.content(side.volume)
+    })
+    return content
   }
 
   // ---- steps

@@ -173,6 +173,11 @@ export class MirroredHistory extends History {
     }
   }
 
+  override replaced(content: Buffer): void {
+    super.replaced(content)
+    this.timeline.found(content)
+  }
+
   override restarted(...given: Parameters<History['restarted']>): string | undefined {
     const problem = super.restarted(...given)
     if (problem === undefined) this.timeline.found(given[0])

@@ -60,12 +60,21 @@ export class Side {
     this.#mirrors = await Mirrors.open({
       pool: this.pool,
       log,
-      link: { listen: this.#listen, name: `${name}-${this.pool.info().uuid.slice(0, 8)}`, ...this.#options.security },
+      link: {
+        listen: this.#listen,
+        name: `${name}-${this.pool.info().uuid.slice(0, 8)}`,
+        ...this.#options.security,
+      },
       software: 'test',
       event: (_level, kind, object, message) => this.events.push({ kind, object, message }),
     })
     await this.#mirrors.listen()
     this.#listen = `127.0.0.1:${this.port}` // the same again after a restart
+  }
+
+  uri(volume: string): string {
+    if (this.#served === undefined) throw new Error('the side is closed')
+    return this.#served.uri(volume)
   }
 
   connect(volume: string, contexts?: readonly string[]): Promise<NbdClient> {
@@ -126,7 +135,10 @@ export class Pair {
     two: SideOptions = one,
     relay: Omit<FaultRelayOptions, 'port'> = {},
   ): Promise<Pair> {
-    const sides = [await Side.create({ name: 'one', ...one }), await Side.create({ name: 'two', ...two })] as const
+    const sides = [
+      await Side.create({ name: 'one', ...one }),
+      await Side.create({ name: 'two', ...two }),
+    ] as const
     return new Pair(sides[0], sides[1], await FaultRelay.open({ port: sides[1].port, ...relay }))
   }
 

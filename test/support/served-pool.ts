@@ -50,9 +50,12 @@ export class ServedPool {
     return new ServedPool(pool, listener, socket, events)
   }
 
+  uri(volume: string): string {
+    return `nbd+unix:///${encodeURIComponent(volume)}?socket=${this.#socket}`
+  }
+
   async connect(volume: string, options: NbdClientOptions = {}): Promise<NbdClient> {
-    const uri = `nbd+unix:///${encodeURIComponent(volume)}?socket=${this.#socket}`
-    const client = await NbdClient.connect(uri, {
+    const client = await NbdClient.connect(this.uri(volume), {
       contexts: ['base:allocation', 'fullstripe:init'],
       ...options,
     })
