@@ -113,7 +113,7 @@ export class Daemon {
       link: { ...config.link, name: linkName(config.link, this.#pool.info().uuid) },
       software: `fullstripe ${VERSION}`,
       log: log.child({ part: 'link' }),
-      event: (level, kind, object, message) => this.#tell(level, kind, object, message),
+      event: (level, kind, object, message, who) => this.#tell(level, kind, object, message, who),
     })
     this.#listener = await Listener.open({ uris: config.listen, exports: new PoolExports(this.#pool), log })
     await this.#mirrors.listen()
@@ -170,9 +170,9 @@ export class Daemon {
     this.#tell(level, kind, this.config.pool, message)
   }
 
-  #tell(level: PoolEvent['level'], kind: string, object: string, message: string): void {
+  #tell(level: PoolEvent['level'], kind: string, object: string, message: string, who: object = {}): void {
     this.events.append({ time: new Date().toISOString(), level, kind, object, message })
-    this.log[level]({ event: kind, object }, message)
+    this.log[level]({ event: kind, object, ...who }, message)
   }
 
   #enter(next: DaemonState): void {

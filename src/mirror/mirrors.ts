@@ -37,7 +37,8 @@ export interface MirrorsOptions {
   readonly link: SecurityOptions & { readonly listen: string | undefined; readonly name: string }
   readonly software: string
   readonly connections?: number
-  event(level: 'info' | 'warn' | 'error', kind: string, object: string, message: string): void
+  /** @param who for the log: the volume, the mirror and the peer by name */
+  event(level: 'info' | 'warn' | 'error', kind: string, object: string, message: string, who: object): void
   /** In the place of files and sockets: a simulation's. */
   readonly world?: LinkWorld
 }
@@ -92,7 +93,7 @@ export class Mirrors implements MirrorControl {
     this.#pool = options.pool
     this.#host = {
       book: options.pool.mirrors,
-      event: (level, kind, object, message) => options.event(level, kind, object, message),
+      event: (level, kind, object, message, who) => options.event(level, kind, object, message, who),
       session: (relation) => this.#sessionOf(relation),
     }
   }
@@ -208,7 +209,7 @@ export class Mirrors implements MirrorControl {
     await this.#drop(relation)
     if (kind === 'link' && address !== null) await this.#links?.release(address)
     const left = told === false ? '; the other side could not be told: remove the mirror there, too' : ''
-    this.#options.event('info', 'mirror.removed', relation.object, `the mirror is removed${left}`)
+    relation.tell('info', 'mirror.removed', `the mirror is removed${left}`)
   }
 
   async promote(volume: string, name?: string, options: { force?: boolean } = {}): Promise<MirrorInfo> {
@@ -315,12 +316,7 @@ export class Mirrors implements MirrorControl {
     }
     if (kind === 'remove') {
       await this.#drop(relation)
-      this.#options.event(
-        'info',
-        'mirror.removed',
-        relation.object,
-        `${session.peer.name} removed the mirror`,
-      )
+      relation.tell('info', 'mirror.removed', `${session.peer.name} removed the mirror`)
     } else if (kind === 'yield') {
       await relation.yield()
     } else {
@@ -428,7 +424,7 @@ export class Mirrors implements MirrorControl {
       const text = primary
         ? `mirrored to ${record.peer.name}`
         : `mirror of ${record.peer.volume} of ${record.peer.name}`
-      this.#options.event('info', 'mirror.added', relation.object, text)
+      relation.tell('info', 'mirror.added', text)
       return relation
     } catch (error) {
       await volume.releaseIntents(need)

@@ -157,6 +157,11 @@ export class Primary implements ChangeWatcher {
     return this.#forwarder.following || this.#blocks ? this.#forwarder.flush() : undefined
   }
 
+  /** What went in place until now is asked about from now on. */
+  async #nowBlocks(before: boolean): Promise<void> {
+    if (this.#blocks && !before) await this.#host.volume.quiesce(() => {})
+  }
+
   /** Answers wait for the secondary also while it is away. */
   get #blocks(): boolean {
     const { mode, onLoss, initialized, paused } = this.record
@@ -202,7 +207,9 @@ export class Primary implements ChangeWatcher {
   }
 
   async resume(): Promise<void> {
+    const before = this.#blocks
     await this.#save({ paused: false })
+    await this.#nowBlocks(before)
     if (this.states.state !== 'paused') return
     this.#enter(this.#idleState())
     this.#again('resumed')
@@ -212,7 +219,9 @@ export class Primary implements ChangeWatcher {
     change: Partial<Pick<MirrorRecord, 'mode' | 'intervalMs' | 'onLoss' | 'rate'>>,
   ): Promise<void> {
     const { mode, onLoss } = this.record
+    const before = this.#blocks
     await this.#save(change)
+    await this.#nowBlocks(before)
     if (change.rate !== undefined) this.#limit.set(change.rate ?? undefined)
     if (!this.#blocks) this.#forwarder.unblock()
     if ((change.mode ?? mode) !== mode || (change.onLoss ?? onLoss) !== onLoss) {
@@ -621,6 +630,9 @@ export class Primary implements ChangeWatcher {
     this.counters.cycles++
     const done = this.bits.committed()
     if (consistent) {
+      if (this.#hello !== undefined) {
+        this.#hello = { ...this.#hello, generation: this.#generation(), consistent, changed: 0, cycle }
+      }
       this.#imageAt = this.#closedAt
       this.#behindSince = this.bits.total === 0 ? undefined : this.#closedAt
     }

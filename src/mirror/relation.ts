@@ -23,9 +23,12 @@ import type { CopyExtent, MirrorInfo, MirrorSide } from './types.ts'
  *
  * Crash rule: a change of role is one transaction: role, generation, who may write, and which units count as changed.
  */
+type Level = 'info' | 'warn' | 'error'
+
 export interface RelationHost {
   readonly book: MirrorBook
-  event(level: 'info' | 'warn' | 'error', kind: string, object: string, message: string): void
+  /** @param who for the log: the volume, the mirror and the peer by name */
+  event(level: Level, kind: string, object: string, message: string, who: object): void
   /** A session with the peer, if there is one. */
   session(relation: Relation): Session | undefined
 }
@@ -85,6 +88,15 @@ export class Relation {
   get state(): MirrorState {
     return this.#primary?.states.state ?? this.#secondaryStates.state
   }
+  tell(level: Level, kind: string, message: string): void {
+    const { name, peer } = this.record
+    this.#host.event(level, kind, this.object, message, {
+      volume: this.volume.name,
+      mirror: name,
+      peer: peer.name,
+    })
+  }
+
   get object(): string {
     return `${this.volume.name}/${this.record.name}`
   }
@@ -190,12 +202,7 @@ export class Relation {
       )
       this.#beginPrimary()
     })
-    this.#host.event(
-      'info',
-      'mirror.promoted',
-      this.object,
-      `this side is primary, generation ${generation.current}`,
-    )
+    this.tell('info', 'mirror.promoted', `this side is primary, generation ${generation.current}`)
     const session = this.#host.session(this)
     if (session !== undefined) await this.connect(session)
   }
@@ -228,7 +235,7 @@ export class Relation {
     this.#endPrimary()
     await primary.close('this side was demoted')
     this.#secondaryStates.follow('promoted', 'this side gave up being primary: promote the other one')
-    this.#host.event('info', 'mirror.demoted', this.object, 'this side is secondary: promote the other one')
+    this.tell('info', 'mirror.demoted', 'this side is secondary: promote the other one')
   }
 
   /** This side's changes since the common generation are thrown away by what the other side sends. @throws UserError */
@@ -242,12 +249,7 @@ export class Relation {
     this.#endPrimary()
     await primary.close('this side is discarded')
     this.#secondaryStates.follow('connecting')
-    this.#host.event(
-      'warn',
-      'mirror.discarded',
-      this.object,
-      'this side is secondary: what it had changed is replaced',
-    )
+    this.tell('warn', 'mirror.discarded', 'this side is secondary: what it had changed is replaced')
   }
 
   /** The changed units stay noted: the next primary asks for them, and sends them. */
@@ -323,7 +325,7 @@ export class Relation {
       book: this.#host.book,
       stored: this.stored,
       onState: (state, before, reason) => this.#onState(state, before, reason),
-      onTrouble: (kind, message) => this.#host.event('warn', kind, this.object, message),
+      onTrouble: (kind, message) => this.tell('warn', kind, message),
     })
     this.#primary = primary
     this.volume.watch(primary)
@@ -345,7 +347,7 @@ export class Relation {
   #onState(state: MirrorState, before: MirrorState, reason: string | null): void {
     const level = BAD_STATES.includes(state) ? 'warn' : 'info'
     const why = reason === null ? '' : `: ${reason}`
-    this.#host.event(level, `mirror.${state}`, this.object, `${before} -> ${state}${why}`)
+    this.tell(level, `mirror.${state}`, `${before} -> ${state}${why}`)
   }
 
   // ---- what is where

@@ -21,8 +21,10 @@ import { type PoolInfo, poolInfo } from './pool-info.ts'
 import { closeParts, descriptorOf, openPoolParts, type PoolParts } from './pool-parts.ts'
 import { Reclaimer } from './reclaimer.ts'
 import { recoverPool } from './recovery.ts'
+import { checkVolumeSize } from './resize.ts'
 import { VolumeTables } from './tables.ts'
-import { checkVolumeSize, Volume, type VolumeHost } from './volume.ts'
+import { Volume } from './volume.ts'
+import type { VolumeHost } from './volume-host.ts'
 
 /**
  * A pool that is being served.

@@ -1,6 +1,5 @@
 import { assert } from '../base/assert.ts'
-import { StoreError, UserError } from '../base/errors.ts'
-import { LIMITS } from '../base/limits.ts'
+import { UserError } from '../base/errors.ts'
 import { Mutex } from '../base/locks.ts'
 import { formatSize } from '../base/sizes.ts'
 import type { Datapath, ExportCounters, ExportId } from '../datapath/datapath.ts'
@@ -8,35 +7,14 @@ import { IntentMap } from '../metadata/intents.ts'
 import type { SlotRun, VolumeRecord } from '../metadata/records.ts'
 import type { Commit } from '../metadata/store.ts'
 import { Formatter, type FormatterInfo } from './formatter.ts'
-import type { HotSet } from './hot-set.ts'
 import { newIntents, OPERATOR, VolumeIntents } from './intents.ts'
-import { type PolicyHost, VolumePolicy } from './policy.ts'
-import type { FreedRun } from './reclaimer.ts'
+import { VolumePolicy } from './policy.ts'
+import { checkVolumeSize, grow, type ResizedVolume, shrink, slotsOf } from './resize.ts'
 import { Stage } from './stage.ts'
 import { CONTEXTS, type ExtraContext, type MapExtent, mapExtents } from './status.ts'
 import type { VolumeTables } from './tables.ts'
+import type { VolumeHost } from './volume-host.ts'
 import type { ChangeWatcher } from './watchers.ts'
-
-/**
- * What a client sees: a size, tables, a policy for the datapath's upcalls, a background formatter. Everything that is
- * shared with other volumes (slots, journal, catalog) comes through VolumeHost, which the pool implements.
- */
-export interface VolumeHost extends PolicyHost {
-  readonly stripeSize: number
-  readonly hotSet: HotSet
-  /** Stores the changed record durably. */
-  save(record: VolumeRecord): Promise<void>
-  /** A contiguous run for a thick volume. @throws StoreError NO_SPACE */
-  reserveRun(count: number): number
-  unreserveRun(slot: number, count: number): void
-  /** The copy maps of the volume's mirrors, in the turn of `checkpointWith`'s `prepare`. @returns takes that back */
-  resizeMaps(size: number): () => void
-  /** What `runs` reserved is reserved no more; what the tables name of it is a thin volume's from now on. */
-  unreserveUnused(runs: readonly SlotRun[], tables: VolumeTables): void
-  /** Stores dirty pages and what `prepare` returns in one transaction; durable when it resolves (ledger.ts). */
-  checkpointWith(prepare: () => Commit, undo: () => void): Promise<void>
-  event(level: 'info' | 'warn' | 'error', kind: string, object: string, message: string): void
-}
 
 /** Slots that a caller has for itself, until it gives them back or the process ends. */
 export interface ScratchSlots {
@@ -82,6 +60,10 @@ export interface VolumeInfo {
   readonly counters: ExportCounters
 }
 
+/**
+ * What a client sees: a size, tables, a policy for the datapath's upcalls, a background formatter. Everything that is
+ * shared with other volumes (slots, journal, catalog) comes through VolumeHost, which the pool implements.
+ */
 export class Volume {
   readonly #host: VolumeHost
   readonly #policy: VolumePolicy
@@ -558,8 +540,19 @@ export class Volume {
       const resume = this.#formatter.info().state === 'running'
       await this.#formatter.stop()
       try {
-        if (size > this.size) await this.#grow(size)
-        else await this.#shrink(size)
+        const resized: ResizedVolume = {
+          host: this.#host,
+          policy: this.#policy,
+          exportId: this.exportId,
+          record: () => this.#record,
+          tables: () => this.#tables,
+          intentMap: () => this.#intentMap,
+          intents: () => this.#intents,
+          adopt: (tables) => this.#adopt(tables),
+          store: (change, prepare, undo) => this.#store(change, prepare, undo),
+        }
+        if (size > this.size) await grow(resized, size)
+        else await shrink(resized, size)
       } finally {
         if (resume) this.#formatter.resume()
       }
@@ -580,141 +573,6 @@ export class Volume {
       this.#policy.close()
       this.#intents?.drop() // what the disk says of them is for whoever closes the volume
     })
-  }
-
-  async #grow(size: number): Promise<void> {
-    const old = this.#tables
-    const stripeCount = Math.ceil(size / this.#host.stripeSize)
-    const cut = old.unitCount - 1
-    // Where the old end cut a formatted unit short, the stripes that the new end adds to it are formatted now, before
-    // anybody can reach them: an init bit speaks for all stripes of its unit.
-    const missing = Math.max(0, Math.min((cut + 1) * old.formatUnit, stripeCount) - old.stripeCount)
-    const runs = [...this.#record.runs]
-    let added: SlotRun | undefined
-    if (this.#record.provision === 'thick' && stripeCount > old.stripeCount) {
-      const count = stripeCount - old.stripeCount
-      added = { stripe: old.stripeCount, count, slot: this.#host.reserveRun(count) }
-      runs.push(added)
-    }
-    let slots: number[] = []
-    try {
-      await this.#policy.withUnit(cut, async () => {
-        if (missing > 0 && old.init.get(cut)) {
-          slots =
-            this.#record.provision === 'thick'
-              ? slotsOf(runs, old.stripeCount, missing)
-              : await this.#host.allocate(old.stripeCount, missing)
-          const blank = Buffer.alloc(this.#host.stripeSize, this.#record.fill)
-          for (const slot of slots) await this.#host.datapath.writeSlot(slot, 0, blank)
-        }
-        let undoIntents = (): void => {}
-        let undoMaps = undoIntents
-        await this.#store(
-          { size, runs },
-          (putVolumes) => {
-            const next = old.resized(size)
-            undoIntents = this.#intentMap?.resize(next.unitCount) ?? undoIntents
-            undoMaps = this.#host.resizeMaps(size)
-            next.follow(old) // the datapath looks at the old ones until `retable`
-            slots.forEach((slot, index) => {
-              next.setSlots(old.stripeCount + index, 1, slot)
-            })
-            this.#adopt(next)
-            return { putVolumes }
-          },
-          () => {
-            undoIntents()
-            undoMaps()
-            this.#tables.unfollow()
-            this.#adopt(old)
-          },
-        )
-      })
-    } catch (error) {
-      if (added !== undefined) this.#host.unreserveRun(added.slot, added.count)
-      else this.#host.unallocate(slots)
-      throw error
-    }
-    await this.#host.datapath.retable(this.exportId, this.#tables.exportTables)
-    this.#tables.unfollow()
-  }
-
-  /**
-   * What reaches past the new end is refused first. Then it is waited for everything that was begun before, and only then are
-   * stripes released and tables exchanged: a write past the end that is still being formatted would take a slot that no
-   * table names. A shrink that cannot be stored leaves the volume as large as it was.
-   */
-  async #shrink(size: number): Promise<void> {
-    const old = this.#tables
-    const next = old.resized(size)
-    const freed: FreedRun[] = []
-    const unreserved: SlotRun[] = []
-    old.follow(next)
-    this.#policy.limit(size)
-    try {
-      await this.#host.datapath.retable(this.exportId, next.exportTables)
-      await this.#policy.releaseFrom(next.unitCount)
-      await this.#policy.withUnit(next.unitCount - 1, async () => {
-        await this.#blankTail(next)
-        const runs: SlotRun[] = []
-        for (const run of this.#record.runs) {
-          const keep = Math.max(0, Math.min(run.count, next.stripeCount - run.stripe))
-          if (keep > 0) runs.push({ ...run, count: keep })
-          if (keep < run.count)
-            unreserved.push({ stripe: run.stripe + keep, count: run.count - keep, slot: run.slot + keep })
-        }
-        let undoIntents = (): void => {}
-        let undoMaps = undoIntents
-        await this.#store(
-          { size, runs },
-          (putVolumes) => {
-            undoIntents = this.#intentMap?.resize(next.unitCount) ?? undoIntents
-            undoMaps = this.#host.resizeMaps(size)
-            const cutEnd = Math.min(old.stripeCount, next.unitCount * old.formatUnit)
-            for (let stripe = next.stripeCount; stripe < cutEnd; stripe++) {
-              if (old.slotOf(stripe) !== 0 && this.#record.provision === 'thin') {
-                freed.push({ slot: old.slotOf(stripe), count: 1, owner: 'thin' })
-              }
-            }
-            old.unfollow()
-            next.follow(old) // where this cannot be stored, the old tables have to be as good as ever
-            this.#adopt(next)
-            return { putVolumes, pages: old.pagesPast(next) }
-          },
-          () => {
-            undoIntents()
-            undoMaps()
-            next.unfollow()
-            old.follow(next)
-            this.#adopt(old)
-          },
-        )
-        next.unfollow()
-        this.#intents?.drop(this.#intentMap?.regionCount)
-      })
-    } catch (error) {
-      this.#policy.useTables(old)
-      await this.#host.datapath.retable(this.exportId, old.exportTables)
-      old.unfollow()
-      throw error
-    }
-    this.#host.freeLater(freed, 0) // the transaction is durable already
-    for (const run of unreserved) this.#host.unreserveRun(run.slot, run.count)
-  }
-
-  /** A later growth must find formatting data in the last stripe, not what was cut off. */
-  async #blankTail(tables: VolumeTables): Promise<void> {
-    const last = tables.stripeCount - 1
-    const tail = tables.size - last * this.#host.stripeSize
-    if (tables.slotOf(last) === 0 || tail === this.#host.stripeSize) return
-    const blank = Buffer.alloc(this.#host.stripeSize - tail, this.#record.fill)
-    // A change like any other, should the shrink fail: announced first.
-    const region = await this.#intents?.pin(tables.unitOf(last))
-    try {
-      await this.#host.datapath.writeSlot(tables.slotOf(last), tail, blank)
-    } finally {
-      if (region !== undefined) this.#intents?.unpin(region)
-    }
   }
 
   #adopt(tables: VolumeTables): void {
@@ -775,30 +633,4 @@ export class Volume {
       this.#policy.clientsWrite = record.secondaryOf === undefined
     })
   }
-}
-
-/** The slots that a thick volume reserved for stripes [first, first + count). */
-function slotsOf(runs: readonly SlotRun[], first: number, count: number): number[] {
-  const slots: number[] = []
-  for (let stripe = first; stripe < first + count; stripe++) {
-    const run = runs.find((r) => stripe >= r.stripe && stripe < r.stripe + r.count)
-    if (run === undefined) throw new StoreError('DAMAGED', `no slot is reserved for stripe ${stripe}`)
-    slots.push(run.slot + stripe - run.stripe)
-  }
-  return slots
-}
-
-/** @throws UserError USAGE that names what is wrong with the size */
-export function checkVolumeSize(size: number, stripeSize: number, what: string): void {
-  const max = LIMITS.stripesPerVolumeMax * stripeSize
-  if (!Number.isSafeInteger(size) || size <= 0)
-    throw new UserError('USAGE', `${what}: the size has to be larger than zero, not ${size}`)
-  if (size % LIMITS.sectorSize !== 0) {
-    throw new UserError('USAGE', `${what}: the size ${size} is not a multiple of ${LIMITS.sectorSize} bytes`)
-  }
-  if (size > max)
-    throw new UserError(
-      'USAGE',
-      `${what}: the size ${formatSize(size)} is beyond the limit of ${formatSize(max)}`,
-    )
 }

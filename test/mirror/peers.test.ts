@@ -271,10 +271,10 @@ describe.each(DATAPATHS)('peers, %s', (datapath) => {
     'cut off and grown again while the secondary was away: what was cut off is gone there, too',
     async () => {
       for (const [small, restarts] of [
-      [SIZE - 8 * 4096, []],
-      [SIZE - 512, ['cut', 'grown']],
-      [512, ['grown']],
-    ] as const) {
+        [SIZE - 8 * 4096, []],
+        [SIZE - 512, ['cut', 'grown']],
+        [512, ['grown']],
+      ] as const) {
         const { pair, client } = await mirrored(datapath, 'async')
         const { one, two } = pair
         await client.close()

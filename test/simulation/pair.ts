@@ -1,5 +1,6 @@
 import { messageOf, UserError } from '../../src/base/errors.ts'
 import type { MirrorRecord } from '../../src/metadata/records.ts'
+import type { MirrorState } from '../../src/mirror/state.ts'
 import type { MirrorAddOptions } from '../../src/mirror/types.ts'
 import type { VolumeCreateOptions } from '../../src/volume/pool.ts'
 import type { Random } from '../support/random.ts'
@@ -242,7 +243,10 @@ class PairSimulation implements Simulated {
     this.#disturbances = random.pick([0, 1, 3, 8])
     this.#disturbLater()
     const abrupt = random.below(3) === 0 ? this.scheduler.steps + random.below(3_000) : Number.POSITIVE_INFINITY
-    await this.#until('the load', () => this.scheduler.steps > abrupt || this.#loadDone())
+    await this.#until('the load', () => {
+      this.#tendMirror(['splitbrain']) // clients may wait for the end of one
+      return this.scheduler.steps > abrupt || this.#loadDone()
+    })
     this.#mortal = false
     for (const { process } of this.#sides) process?.limit({ actions: Number.POSITIVE_INFINITY })
     this.#disturbances = 0
@@ -584,9 +588,8 @@ class PairSimulation implements Simulated {
     await this.#until(
       'healing',
       () => {
-        const up = this.#sides.every(({ phase }) => phase === 'up')
-        if (up) this.#tendMirror()
-        return up && this.#loadDone() && this.#isWhole()
+        this.#tendMirror()
+        return this.#loadDone() && this.#isWhole()
       },
       () => {
         if (this.#primary.phase !== 'up') return 'the primary is down'
@@ -599,11 +602,13 @@ class PairSimulation implements Simulated {
   }
 
   /** What only an operator can settle. */
-  #tendMirror(): void {
-    const { process, mirrors } = this.#primary
-    if (process === undefined || this.#changing || this.scheduler.steps < this.#nextTry) return
+  #tendMirror(bad: readonly MirrorState[] = ['paused', 'splitbrain']): void {
+    if (this.#changing || this.scheduler.steps < this.#nextTry) return
+    const { process, phase } = this.#primary
+    if (process === undefined || phase !== 'up' || this.#secondary.phase !== 'up') return
+    const { mirrors } = this.#primary
     const { state } = mirrors.show(VOLUME)
-    if (state !== 'paused' && state !== 'splitbrain') return
+    if (!bad.includes(state)) return
     this.#nextTry = this.scheduler.steps + 100
     this.#changing = true
     if (state === 'paused') {

@@ -1,8 +1,8 @@
 import { afterEach, describe, expect, it } from 'vitest'
 import { Pair } from '../support/mirror-pair.ts'
+import { until } from '../support/poll.ts'
 import { Random } from '../support/random.ts'
 import type { DatapathChoice } from '../support/served-pool.ts'
-import { until } from '../support/poll.ts'
 
 const MIB = 1 << 20
 
@@ -33,7 +33,6 @@ describe.each(DATAPATHS)('a mirror, %s', (datapath) => {
     const info = await settled(one)
     expect(info.consistent).toBe(true)
     expect((await two.content('data')).equals(await one.content('data'))).toBe(true)
-    console.log(JSON.stringify(info))
   })
 
   it('sync: every answered write is on both sides', async () => {
@@ -50,7 +49,6 @@ describe.each(DATAPATHS)('a mirror, %s', (datapath) => {
       if (i % 20 === 0) await client.trim({ offset: random.below(900) * 65536, length: 5 * 65536 })
     }
     expect((await two.content('data')).equals(await one.content('data'))).toBe(true)
-    console.log(JSON.stringify(one.show('data')))
   })
 })
 
