@@ -662,6 +662,10 @@ export class Primary implements ChangeWatcher {
     try {
       await this.#halt('a change of roles')
       await this.#handOver(remote, store)
+    } catch (error) {
+      if (!(error instanceof RemoteError || error instanceof Interrupted)) throw error
+      const text = `the secondary was lost before it had everything: ${error.message}; this side is still primary`
+      throw new UserError('FAILED', text, { cause: error })
     } finally {
       this.#suspended = false
       this.#again('a change of roles')

@@ -3,6 +3,7 @@ import { Bitmap } from '../base/bitmap.ts'
 import { UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
 import type { Channel } from '../link/channel.ts'
+import { LinkError } from '../link/errors.ts'
 import type { Session } from '../link/session.ts'
 import type { GenerationRecord, MirrorRecord } from '../metadata/records.ts'
 import type { MirrorBook, StoredMirror } from '../volume/mirror-book.ts'
@@ -306,7 +307,12 @@ export class Relation {
         `mirror ${this.object}: there is no connection with ${this.record.peer.name}`,
       )
     }
-    await ask(session, kind, { relation: this.record.relation })
+    try {
+      await ask(session, kind, { relation: this.record.relation })
+    } catch (error) {
+      if (!(error instanceof LinkError)) throw error
+      throw new UserError('FAILED', `mirror ${this.object}: ${error.message}`, { cause: error })
+    }
   }
 
   #splitBrain(hello: PrimaryHello): void {

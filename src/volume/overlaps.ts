@@ -4,23 +4,23 @@ import { assert } from '../base/assert.ts'
  * Requests whose ranges overlap, one after the other in the order of arrival: two sides that do each request at their own pace end up
  * with the same content only then. A request enters at once where nothing overlaps with it, neither under way nor waiting before it.
  *
- * Ranges are looked up by buckets; what covers many of them (a large trim) is kept in a list of its own, which everybody looks at.
+ * Requests within one bucket of the address space look at those of their bucket only; the others are in a list that everybody looks at.
  */
 export interface Entry {
   readonly start: number // bytes
   readonly end: number
-  readonly buckets: readonly number[] | undefined // undefined: wide
+  readonly bucket: number // WIDE where it lies in several
   readonly go: () => void
   /** Entries that it waits for. */
   blockers: number
-  readonly blocked: Entry[]
+  blocked: Entry[] | undefined
 }
 
 const BUCKET_BYTES = 1 << 18
-const BUCKETS_MAX = 8
+const WIDE = -1
 
 export class Overlaps {
-  readonly #buckets = new Map<number, Set<Entry>>()
+  readonly #buckets = new Map<number, Entry[]>()
   readonly #wide = new Set<Entry>()
   #count = 0
 
@@ -31,20 +31,21 @@ export class Overlaps {
   /** @param go called later where the entry has blockers; without any it may begin at once. `leave` ends it */
   enter(offset: number, length: number, go: () => void): Entry {
     const end = offset + length
-    const entry: Entry = { start: offset, end, buckets: bucketsOf(offset, end), go, blockers: 0, blocked: [] }
-    for (const other of this.#wide) meet(entry, other)
-    if (entry.buckets === undefined) {
-      for (const bucket of this.#buckets.values()) for (const other of bucket) meet(entry, other)
+    const first = Math.floor(offset / BUCKET_BYTES)
+    const bucket = first === Math.floor((end - 1) / BUCKET_BYTES) ? first : WIDE
+    const entry: Entry = { start: offset, end, bucket, go, blockers: 0, blocked: undefined }
+    if (this.#wide.size > 0) for (const other of this.#wide) meet(entry, other)
+    if (bucket === WIDE) {
+      for (const others of this.#buckets.values()) for (const other of others) meet(entry, other)
       this.#wide.add(entry)
-    }
-    for (const index of entry.buckets ?? []) {
-      let bucket = this.#buckets.get(index)
-      if (bucket === undefined) {
-        bucket = new Set()
-        this.#buckets.set(index, bucket)
+    } else {
+      const others = this.#buckets.get(bucket)
+      if (others === undefined) {
+        this.#buckets.set(bucket, [entry])
+      } else {
+        for (const other of others) meet(entry, other)
+        others.push(entry)
       }
-      for (const other of bucket) meet(entry, other)
-      bucket.add(entry)
     }
     this.#count++
     return entry
@@ -53,28 +54,26 @@ export class Overlaps {
   leave(entry: Entry): void {
     assert(entry.blockers === 0, 'a request ends before it began')
     this.#count--
-    if (entry.buckets === undefined) assert(this.#wide.delete(entry), 'a request ends twice')
-    for (const index of entry.buckets ?? []) {
-      const bucket = this.#buckets.get(index)
-      assert(bucket?.delete(entry) === true, 'a request ends twice')
-      if (bucket.size === 0) this.#buckets.delete(index)
+    if (entry.bucket === WIDE) {
+      assert(this.#wide.delete(entry), 'a request ends twice')
+    } else {
+      const others = this.#buckets.get(entry.bucket)
+      const at = others?.indexOf(entry) ?? -1
+      assert(others !== undefined && at >= 0, 'a request ends twice')
+      if (others.length === 1) this.#buckets.delete(entry.bucket)
+      else others.splice(at, 1)
     }
-    for (const next of entry.blocked) {
+    for (const next of entry.blocked ?? []) {
       next.blockers--
       if (next.blockers === 0) next.go()
     }
   }
 }
 
+/** Each meets each other once: a bucket and the wide ones have no entry in common. */
 function meet(entry: Entry, other: Entry): void {
-  if (other.start >= entry.end || entry.start >= other.end || other.blocked.includes(entry)) return
+  if (other.start >= entry.end || entry.start >= other.end) return
+  other.blocked ??= []
   other.blocked.push(entry)
   entry.blockers++
-}
-
-function bucketsOf(start: number, end: number): number[] | undefined {
-  const first = Math.floor(start / BUCKET_BYTES)
-  const last = Math.floor((end - 1) / BUCKET_BYTES)
-  if (last - first >= BUCKETS_MAX) return undefined
-  return Array.from({ length: last - first + 1 }, (_, index) => first + index)
 }

@@ -572,16 +572,26 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
     const { stripeSize } = this.#tables
     const from = Math.max(first, Math.floor(upcall.offset / stripeSize))
     const to = Math.min(first + count - 1, Math.floor((upcall.offset + upcall.length - 1) / stripeSize))
-    const writes: Promise<void>[] = []
-    for (let stripe = from; stripe <= to; stripe++) {
-      writes.push(this.#host.datapath.writePart(upcall.id, stripe, this.#tables.slotOf(stripe)))
-    }
-    Promise.allSettled(writes).then((results) => {
-      const failed = results.find((result) => result.status === 'rejected')
-      this.#requests.done(part, failed === undefined ? 0 : this.#errnoOf(failed.reason))
+    const { datapath } = this.#host
+    const write =
+      from === to
+        ? datapath.writePart(upcall.id, from, this.#tables.slotOf(from))
+        : Promise.allSettled(
+            Array.from({ length: to - from + 1 }, (_, index) =>
+              datapath.writePart(upcall.id, from + index, this.#tables.slotOf(from + index)),
+            ),
+          ).then((results) => {
+            for (const result of results) if (result.status === 'rejected') throw result.reason
+          })
+    const done = (errno: number): void => {
+      this.#requests.done(part, errno)
       work.active--
       if (work.active === 0) this.#finish(part.unit, work)
-    })
+    }
+    write.then(
+      () => done(0),
+      (error) => done(this.#errnoOf(error)),
+    )
   }
 
   async #startReleases(): Promise<void> {

@@ -37,7 +37,13 @@ export interface Totals {
 }
 
 export async function runCampaign(options: CampaignOptions): Promise<Totals> {
-  const { from, to = Number.MAX_SAFE_INTEGER, forMs = Number.POSITIVE_INFINITY, workers = 0, world = 'pool' } = options
+  const {
+    from,
+    to = Number.MAX_SAFE_INTEGER,
+    forMs = Number.POSITIVE_INFINITY,
+    workers = 0,
+    world = 'pool',
+  } = options
   const totals: Totals = {
     seeds: 0,
     steps: 0,

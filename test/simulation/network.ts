@@ -221,7 +221,8 @@ class End extends Duplex {
       if (this.destroyed || this.#network.still) return
       const item = this.#arriving.shift()
       if (item === 'end') this.push(null)
-      else if (item === 'reset') this.destroy(Object.assign(new Error('reset by peer'), { code: 'ECONNRESET' }))
+      else if (item === 'reset')
+        this.destroy(Object.assign(new Error('reset by peer'), { code: 'ECONNRESET' }))
       else if (item !== undefined) this.#hungry = this.push(this.#piece(item))
       this.#plan()
     })

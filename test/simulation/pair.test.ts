@@ -41,7 +41,9 @@ describe('simulation of a pair', () => {
     const forMs = Math.max(OTHERS_MS_MIN, BUDGET_MS - usedMs)
     const totals = await runCampaign({ world: 'pair', from, forMs, failuresMax: 3 })
     const { seeds, images, bits } = totals
-    console.log(`pair: seeds ${from} to ${from + seeds - 1}, ${images} images, ${bits} comparisons with bitmaps`)
+    console.log(
+      `pair: seeds ${from} to ${from + seeds - 1}, ${images} images, ${bits} comparisons with bitmaps`,
+    )
     expect(await told(totals.failures, 'pair')).toEqual([])
   }, 600_000)
 })

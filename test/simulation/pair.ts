@@ -242,7 +242,8 @@ class PairSimulation implements Simulated {
     this.#requests = Math.min(requests, this.#options.requestsMax ?? requests)
     this.#disturbances = random.pick([0, 1, 3, 8])
     this.#disturbLater()
-    const abrupt = random.below(3) === 0 ? this.scheduler.steps + random.below(3_000) : Number.POSITIVE_INFINITY
+    const abrupt =
+      random.below(3) === 0 ? this.scheduler.steps + random.below(3_000) : Number.POSITIVE_INFINITY
     await this.#until('the load', () => {
       this.#tendMirror(['splitbrain']) // clients may wait for the end of one
       return this.scheduler.steps > abrupt || this.#loadDone()
@@ -344,12 +345,10 @@ class PairSimulation implements Simulated {
     const over = (): void => {
       this.#changing = false
     }
-    process
-      .run(act)
-      .then(over, (error: unknown) => {
-        over()
-        if (!(error instanceof UserError)) this.fail(`the operator: ${describe(error)}`)
-      })
+    process.run(act).then(over, (error: unknown) => {
+      over()
+      if (!(error instanceof UserError)) this.fail(`the operator: ${describe(error)}`)
+    })
   }
 
   // ---- the load
@@ -388,7 +387,14 @@ class PairSimulation implements Simulated {
     const random = this.#random
     const mix: Record<RequestKind, number> = { write: 50, read: 8, trim: 14, zero: 6, flush: 8 }
     mix[random.pick(KINDS)] *= random.pick([1, 1, 3])
-    return { clients: 1 + random.below(3), requests, changes: 0, depth: random.pick([1, 2, 6]), mix, tight: false }
+    return {
+      clients: 1 + random.below(3),
+      requests,
+      changes: 0,
+      depth: random.pick([1, 2, 6]),
+      mix,
+      tight: false,
+    }
   }
 
   // ---- deaths and boots
@@ -466,7 +472,11 @@ class PairSimulation implements Simulated {
     if (kind === 'mirror.insync') {
       const record = this.#record(this.#primary)
       if (record === undefined) return
-      this.#following = { cycle: record.cycle, from: this.#history.timeline.now(), to: Number.POSITIVE_INFINITY }
+      this.#following = {
+        cycle: record.cycle,
+        from: this.#history.timeline.now(),
+        to: Number.POSITIVE_INFINITY,
+      }
       this.#blocking = record.onLoss === 'block'
       this.#lost = false
     } else if (kind.startsWith('mirror.') && this.#following !== undefined && !this.#blocking) {
@@ -496,10 +506,16 @@ class PairSimulation implements Simulated {
     const { timeline } = this.#history
     const following = this.#following
     this.scheduler.trace(
-      () => `the image of cycle ${record.cycle}, ${following === undefined ? 'never in step' : `in step from cycle ${following.cycle}: ${following.from}..${following.to}`}`,
+      () =>
+        `the image of cycle ${record.cycle}, ${following === undefined ? 'never in step' : `in step from cycle ${following.cycle}: ${following.from}..${following.to}`}`,
     )
     if (following !== undefined && record.cycle === following.cycle) {
-      const wrong = timeline.followed(content, following.from, Math.min(following.to, timeline.now()), !this.#lost)
+      const wrong = timeline.followed(
+        content,
+        following.from,
+        Math.min(following.to, timeline.now()),
+        !this.#lost,
+      )
       if (wrong !== undefined) this.fail(`the secondary: ${wrong}`)
       return
     }
@@ -559,10 +575,15 @@ class PairSimulation implements Simulated {
     const record = this.#record(this.#primary)
     if (one === undefined || two === undefined || record === undefined) return
     if (equal && !one.equals(two)) return this.fail(`the two differ after all: ${different(one, two)}`)
-    if (!record.clean || record.role !== 'primary' || this.#record(this.#secondary)?.role !== 'secondary') return
+    if (!record.clean || record.role !== 'primary' || this.#record(this.#secondary)?.role !== 'secondary')
+      return
     this.#bits++
     const { unitBytes } = record
-    const marked = [...this.#marked(this.#primary), ...this.#marked(this.#secondary), ...this.#suspect(this.#secondary)]
+    const marked = [
+      ...this.#marked(this.#primary),
+      ...this.#marked(this.#secondary),
+      ...this.#suspect(this.#secondary),
+    ]
     for (let unit = 0; unit * unitBytes < one.length; unit++) {
       const from = unit * unitBytes
       const to = Math.min(one.length, from + unitBytes)
@@ -574,7 +595,12 @@ class PairSimulation implements Simulated {
   }
 
   #marked(side: Side): { offset: number; length: number }[] {
-    const extents = side.mirrors.copyExtents(VOLUME, this.#record(side)?.name ?? '', 0, side.volume?.size ?? 0)
+    const extents = side.mirrors.copyExtents(
+      VOLUME,
+      this.#record(side)?.name ?? '',
+      0,
+      side.volume?.size ?? 0,
+    )
     return [...extents].filter(({ copied }) => !copied)
   }
 
@@ -648,14 +674,29 @@ class PairSimulation implements Simulated {
     const { timeline } = this.#history
     const [one, two] = [this.#primary, this.#secondary]
     this.#parts()
-    await this.#do(one, 'demote', () => one.mirrors.demote(VOLUME, undefined, { force: true }))
-    await this.#do(two, 'promote', () => two.mirrors.promote(VOLUME))
+    let demoted = true
+    if (this.#random.below(3) === 0) this.#cutLater(this.#random.below(60))
+    await this.#do(one, 'demote', () =>
+      one.mirrors.demote(VOLUME, undefined, { force: true }).catch((error: unknown) => {
+        if (!(error instanceof UserError)) throw error
+        demoted = false
+      }),
+    )
+    if (!demoted || this.#failure !== undefined) return
+    await this.#do(two, 'promote', () => two.mirrors.promote(VOLUME, undefined, { force: true }))
     if (this.#failure !== undefined) return
     const content = await this.#contentOf(two)
     if (content === undefined) return
     const wrong = this.#history.restarted(content, 'closed', false)
     if (wrong !== undefined) return this.fail(`the new primary: ${wrong}`)
     this.#rolesAre(two, one, timeline.now())
+  }
+
+  #cutLater(steps: number): void {
+    this.scheduler.event('network', steps, () => {
+      if (steps > 0) this.#cutLater(steps - 1)
+      else this.#network.cut()
+    })
   }
 
   /** The primary dies, and the secondary takes its place. The old one comes back as a primary, and may have changed something more. */
@@ -756,7 +797,10 @@ class PairSimulation implements Simulated {
       late = this.scheduler.now > time || this.scheduler.steps > steps
       return late
     })
-    if ((!came || late) && this.#failure === undefined) this.fail(`${what}: takes for ever: ${story()}${this.#load === undefined ? '' : `; ${this.#load.story}`}`)
+    if ((!came || late) && this.#failure === undefined)
+      this.fail(
+        `${what}: takes for ever: ${story()}${this.#load === undefined ? '' : `; ${this.#load.story}`}`,
+      )
   }
 }
 

@@ -295,9 +295,7 @@ export class Scheduler {
     // Hashes are computed by threads, which are not ours.
     const digest = async (_algorithm: string, content: Uint8Array): Promise<ArrayBuffer> => {
       const hash = new Uint8Array(createHash('sha256').update(content).digest())
-      await new Promise<void>((resolve) =>
-        this.event('hash', content.length, resolve, this.#owner('a hash')),
-      )
+      await new Promise<void>((resolve) => this.event('hash', content.length, resolve, this.#owner('a hash')))
       return hash.buffer
     }
     Object.defineProperty(webcrypto.subtle, 'digest', { value: digest, configurable: true })

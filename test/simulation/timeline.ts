@@ -86,7 +86,8 @@ export class Timeline {
     for (let sector = 0; sector < content.length / SECTOR; sector++) {
       const token = tokenAt(content, sector, this.#initial)
       const own = this.#momentsOf(sector, token)
-      if (own.length === 0) return `sector ${sector} holds ${token}, which nobody wrote; ${this.#story(sector)}`
+      if (own.length === 0)
+        return `sector ${sector} holds ${token}, which nobody wrote; ${this.#story(sector)}`
       const next = intersect(allowed, own)
       if (next.length === 0) {
         return (
@@ -198,7 +199,9 @@ function tokenAt(content: Buffer, sector: number, initial: bigint): bigint {
   const token = content.readBigUInt64LE(at)
   const place = content.readBigUInt64LE(at + 8)
   const same = content.compare(content, at, at + SECTOR - 16, at + 16, at + SECTOR) === 0
-  return same && place === (token === 0n || token === initial ? token : BigInt(sector)) ? token : -(token + 1n)
+  return same && place === (token === 0n || token === initial ? token : BigInt(sector))
+    ? token
+    : -(token + 1n)
 }
 
 function union(intervals: Interval[]): Interval[] {

@@ -309,6 +309,7 @@ describe.each(DATAPATHS)('policy over %s', (datapath) => {
     await client.flush()
     await client.trim({ offset: 0, length: 4 * STRIPE }) // not durable yet
     await other.close()
+    await until(() => served.pool.volume('other').info().sessions === 0, 'the end of the session')
     await served.pool.deleteVolume('other')
     await client.write(Buffer.alloc(12 * STRIPE, 3), 16 * STRIPE)
     const expected = Buffer.alloc(64 * STRIPE)
