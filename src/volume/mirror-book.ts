@@ -222,8 +222,14 @@ export class MirrorBook {
       const before = map.unitCount
       const back = map.resize(copyUnitsOf(size, record.unitBytes))
       // A secondary that sees neither a shrink nor the growth after it still has what was cut off.
-      if (record.role === 'primary') map.mark(Math.min(before, map.unitCount) - 1, map.unitCount)
-      return back
+      if (record.role !== 'primary') return back
+      const last = Math.min(before, map.unitCount) - 1
+      const marked = map.get(last)
+      map.mark(last, map.unitCount)
+      return () => {
+        if (!marked) map.apply({ op: CHANGE.copyClear, medium: record.id, first: last, count: 1, slot: 0 })
+        back()
+      }
     })
     return () => {
       for (const back of undo) back()

@@ -171,6 +171,7 @@ describe('the mirrors of a pool', () => {
     expect(await storedPages(id, 'copy')).toHaveLength(1)
     await book().record(id, [set(0)])
     await volume().resize(UNITS * UNIT + STRIPE) // a checkpoint
+    await book().record(id, [clear(UNITS - 1, 2)]) // what a resize marks
     await book().record(id, [clear(10, 10)])
     await crash()
     expect(units()).toEqual([0])
@@ -348,19 +349,19 @@ describe('the mirrors of a pool', () => {
     await volume().resize(32 * UNIT - STRIPE, { force: true })
     expect(counts()).toEqual([
       [32, 3],
-      [32 * 16 - 1, 0],
+      [32 * 16 - 1, 1], // the last one left
     ])
     await crash()
     await volume().resize(80 * UNIT)
     expect(counts()).toEqual([
-      [80, 3],
-      [80 * 16, 0],
+      [80, 3 + 48], // and what was added
+      [80 * 16, 1 + 48 * 16 + 1],
     ])
-    await book().record(id, [set(79)])
+    await book().record(id, [clear(79)])
     await crash()
     expect(counts()).toEqual([
-      [80, 4],
-      [80 * 16, 0],
+      [80, 3 + 47],
+      [80 * 16, 1 + 48 * 16 + 1],
     ])
   })
 
@@ -557,6 +558,7 @@ describe('the mirrors of a pool', () => {
         model.add(0)
         const wanted = 8 * UNITS + random.below(16 * UNITS)
         await volume().resize(wanted * STRIPE, { force: true })
+        for (let unit = Math.min(size, wanted) - 1; unit < wanted; unit++) model.add(unit)
         size = wanted
         for (const unit of model) if (unit >= size) model.delete(unit)
       } else {
