@@ -8,7 +8,7 @@ import type { MirrorInit } from './types.ts'
  *
  *   the other is primary, too                    splitbrain
  *   it was never consistent                      go on with the bitmap where that is of this very copy, else compare
- *   its generation is our base                   resume: the bitmap, and what it says of itself, is all that differs
+ *   its generation is our base, or ours          resume: the bitmap, and what it says of itself, is all that differs
  *   its generation is an older one of ours       compare: it missed a change of roles
  *   anything else                                splitbrain: it has content that this side knows nothing of
  */
@@ -32,8 +32,9 @@ export function judge(record: MirrorRecord, own: GenerationRecord, hello: Remote
   }
   if (!hello.consistent) return { kind: 'resume' }
   const theirs = hello.generation?.current
-  if (theirs === base) return { kind: 'resume' }
-  if (theirs === own.current || (theirs !== undefined && own.history.includes(theirs))) {
+  // Ours where the commit that brought it was not noted here any more: what it had cleared is sent once more.
+  if (theirs === base || theirs === own.current) return { kind: 'resume' }
+  if (theirs !== undefined && own.history.includes(theirs)) {
     const reason = 'the peer has content of an earlier generation, so both sides are compared'
     return { kind: 'compare', init: safe(record.init), reason }
   }

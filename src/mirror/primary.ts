@@ -151,6 +151,8 @@ export class Primary implements ChangeWatcher {
 
   failedHere({ offset, length }: Upcall): void {
     this.#changedRange(offset, length)
+    if (this.#forwarder.following)
+      this.#remoteRefused('a request failed on this side: the sides may differ there')
   }
 
   flush(): Promise<void> | undefined {
@@ -433,10 +435,11 @@ export class Primary implements ChangeWatcher {
       for await (const { first, bytes } of remote.bitmap('differs')) this.#differs(first, bytes)
     }
     this.#throwIfInterrupted()
-    // With the bits, the base that they count from.
+    // With the bits, the base that they count from: what the secondary has.
+    const base = hello.generation?.current ?? this.#generation().current
     await book.save(
       this.record.id,
-      { clean: true, base: this.#generation().current, initialized: hello.consistent },
+      { clean: true, base, initialized: hello.consistent },
       { bits: this.bits.union() },
     )
     this.#throwIfInterrupted()
@@ -479,7 +482,9 @@ export class Primary implements ChangeWatcher {
       await this.#commit(remote, { consistent: false })
       this.#sender = undefined
     }
+    const before = this.#blocks
     await this.#cycle(remote, 'copying')
+    await this.#nowBlocks(before)
     await this.#save({ initialized: true })
     this.#throwIfInterrupted()
   }
@@ -637,7 +642,8 @@ export class Primary implements ChangeWatcher {
       this.#behindSince = this.bits.total === 0 ? undefined : this.#closedAt
     }
     const cleared = this.#record(done, false)
-    await this.#save({ cycle, ...(consistent ? { initialized: true } : {}) })
+    const agreed = { initialized: true, base: this.#generation().current }
+    await this.#save({ cycle, ...(consistent ? agreed : {}) })
     await cleared
   }
 
@@ -683,7 +689,7 @@ export class Primary implements ChangeWatcher {
       await remote.handOver(this.#commitInfo(cycle, true, false))
       this.bits.committed()
       assert(this.bits.total === 0, 'both sides are equal')
-      await this.#save({ cycle })
+      await this.#save({ cycle, base: this.#generation().current })
       await store()
     })
   }
@@ -718,6 +724,7 @@ export class Primary implements ChangeWatcher {
   }
 
   #breakCycle(keepStaged: boolean): void {
+    this.#sender?.forget()
     this.#sender = undefined
     this.#progress = undefined
     this.bits.break(keepStaged)

@@ -55,6 +55,7 @@ interface Assembly {
   received: number
 }
 
+const NOTHING = Buffer.alloc(0)
 const PAGE_UNITS = 1 << 19
 const ASSEMBLY_BYTES_MAX = 4 * LIMITS.formatUnitBytesMax
 
@@ -129,17 +130,17 @@ export class Secondary {
           json(await this.#meet(readPrimaryHello(message.payload))),
         )
       case MESSAGE.commit:
-        return this.#answer(control, message, () => this.#commit(readCommit(message.payload)))
+        return this.#confirm(control, message, () => this.#commit(readCommit(message.payload)))
       case MESSAGE.handOver:
-        return this.#answer(control, message, async () => {
+        return this.#confirm(control, message, async () => {
           await this.#commit({ ...readCommit(message.payload), follow: false })
           this.#following = false
           this.#host.onHandOver()
         })
       case MESSAGE.flush:
-        return this.#answer(control, message, () => this.#host.volume.flush())
+        return this.#confirm(control, message, () => this.#host.volume.flush())
       case MESSAGE.fence:
-        return this.#answer(control, message, () => this.#operationsIdle())
+        return this.#confirm(control, message, () => this.#operationsIdle())
       case MESSAGE.state: {
         const state = new Fields(message.payload, 'state').text('state', 1, 32)
         const known = STATES.find((name) => name === state)
@@ -156,9 +157,9 @@ export class Secondary {
   #onData(data: Channel, message: Message): Promise<void> {
     switch (message.type) {
       case MESSAGE.put:
-        return this.#answer(data, message, () => this.#put(message.payload))
+        return this.#confirm(data, message, () => this.#put(message.payload))
       case MESSAGE.hole:
-        return this.#answer(data, message, async () => {
+        return this.#confirm(data, message, async () => {
           for (const { offset, length } of readRanges(message.payload)) {
             this.#checkUnits(offset, length)
             this.#openStage().hole(offset, length)
@@ -173,16 +174,23 @@ export class Secondary {
     }
   }
 
+  #confirm(channel: Channel, message: Message, action: () => Promise<void>): Promise<void> {
+    return this.#answer(channel, message, async () => {
+      await action()
+      return NOTHING
+    })
+  }
+
   async #answer(
     channel: Channel,
     message: Message,
-    action: () => Promise<Buffer | readonly Buffer[] | void>,
+    action: () => Promise<Buffer | readonly Buffer[]>,
   ): Promise<void> {
     if (message.id === 0) throw new LinkError('BAD_FRAME', `a message of type ${message.type} wants a reply`)
     let reply: Promise<void>
     try {
       const result = await action()
-      reply = channel.reply(message, message.type, result ?? Buffer.alloc(0))
+      reply = channel.reply(message, message.type, result)
     } catch (error) {
       if (error instanceof StoreError) reply = channel.replyError(message, error.code, error.message)
       else if (error instanceof UserError) reply = channel.replyError(message, error.code, error.message)

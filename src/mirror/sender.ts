@@ -146,6 +146,12 @@ export class Sender {
     this.#wake?.()
   }
 
+  /** It was stopped: what it had saved is needed no more. */
+  forget(): void {
+    this.#failure ??= new Error('the cycle is broken off')
+    for (const { saved } of this.#saved.splice(0)) saved.forget()
+  }
+
   // ---- what is due
 
   /** @returns bytes */
@@ -206,8 +212,10 @@ export class Sender {
     try {
       const content = Buffer.allocUnsafe(length)
       await this.#host.read(offset, content)
-      if (this.#failure !== undefined) return
-      this.#saved.push({ unit, saved: await this.#host.saves.keep(content) })
+      if (this.#isStopped) return
+      const saved = await this.#host.saves.keep(content)
+      if (this.#isStopped) saved.forget()
+      else this.#saved.push({ unit, saved })
       this.#host.saved()
     } catch (error) {
       if (!(error instanceof StoreError)) throw error
@@ -249,6 +257,10 @@ export class Sender {
       this.#wake = resolve
     })
     this.#wake = undefined
+  }
+
+  get #isStopped(): boolean {
+    return this.#failure !== undefined
   }
 
   #throwIfFailed(): void {

@@ -1,14 +1,16 @@
 import { assert, unreachable } from '../base/assert.ts'
 import { messageOf, StoreError } from '../base/errors.ts'
 import type { Datapath, ExportHandler, ExportId, StatusResult, Upcall } from '../datapath/datapath.ts'
-import { CHANGE, type Change } from '../metadata/journal.ts'
+import type { Change } from '../metadata/journal.ts'
 import { ERRNO_OF, NBD_ERRNO } from '../nbd/errno.ts'
+import { Arrivals } from './arrivals.ts'
 import type { IntentsTarget, VolumeIntents } from './intents.ts'
 import { Merger } from './merger.ts'
-import { type Entry, Overlaps } from './overlaps.ts'
+import type { Entry } from './overlaps.ts'
 import type { FreedRun } from './reclaimer.ts'
-import { type Arrival, type Part, type Request, Requests } from './requests.ts'
-import { consecutive, slotRunsOf } from './runs.ts'
+import { Releaser } from './releaser.ts'
+import { type Part, type Request, Requests } from './requests.ts'
+import { consecutive } from './runs.ts'
 import { type ExtraContext, statusOf } from './status.ts'
 import type { VolumeTables } from './tables.ts'
 import { Watchers } from './watchers.ts'
@@ -34,8 +36,7 @@ import { type Work, Works } from './works.ts'
  *
  * Order of a first write: slots taken, data written, record (journal; survives the death of the process), then slot, init bit and
  * direct bits in the tables, then the reply. A failure before the record gives the slots back: nobody saw them.
- * Order of a release: direct bits cleared, barrier, record with init bit and slot cleared, reply; the slots
- * are handed to `freeLater`, which waits until the record is durable.
+ * Order of a release: releaser.ts.
  *
  * Where a mirror takes part in every request (`ChangeWatcher.forward`), requests that overlap are done one after the other, and each
  * is answered when both sides have it.
@@ -85,16 +86,18 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
   readonly #requests = new Requests((request) => this.#answer(request))
   readonly #works = new Works()
   readonly #merger: Merger
-  #releases: number[] = []
+  readonly #releaser: Releaser
   #intents: VolumeIntents | undefined
   #refusing = false
   #clientsWrite = true
   #mergesPlanned = false
   #mergesDue = false
   readonly #watchers = new Watchers()
-  readonly #overlaps = new Overlaps()
-  /** Requests that came while the volume is being made quiet; undefined at any other time. */
-  #held: Arrival[] | undefined
+  readonly #arrivals = new Arrivals({
+    begin: (upcall, entry) => this.#begin(upcall, entry),
+    keepsOrder: () => this.#watchers.forwards,
+    begun: () => this.#merger.start(),
+  })
   /** Requests that this program makes itself (`submit`). */
   readonly #own = new Map<number, (errno: number) => void>()
 
@@ -110,10 +113,19 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
         tables: () => this.#tables,
         exportId: () => this.#exportId,
         setDirect: (unit) => this.#setDirect(unit),
-        finish: (unit, work, errno) => {
-          for (const part of work.parts) this.#requests.done(part, errno)
-          this.#finish(unit, work)
-        },
+        finish: (unit, work, errno) => this.#finishParts(unit, work, errno),
+        errnoOf: (error) => this.#errnoOf(error),
+      },
+      this.#works,
+    )
+    this.#releaser = new Releaser(
+      host,
+      {
+        tables: () => this.#tables,
+        provision: () => this.#volume.provision,
+        unitsMax: () => this.#unitsPerStep,
+        finish: (unit, work, errno) => this.#finishParts(unit, work, errno),
+        finished: () => this.#merger.start(),
         errnoOf: (error) => this.#errnoOf(error),
       },
       this.#works,
@@ -197,7 +209,7 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
         case 'write':
         case 'trim':
         case 'zero':
-          this.#arrive(upcall)
+          this.#arrivals.arrive(upcall)
           break
         default:
           unreachable(upcall.kind)
@@ -221,7 +233,7 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
     const id = this.#host.datapath.adopt(this.#exportId, request)
     return new Promise((resolve) => {
       this.#own.set(id, resolve)
-      this.#arrive({ id, kind, flags, offset, length, contexts: [] })
+      this.#arrivals.arrive({ id, kind, flags, offset, length, contexts: [] })
       // Those that are made in the same turn merge.
       if (this.#mergesDue) return
       this.#mergesDue = true
@@ -234,8 +246,7 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
 
   /** Runs `action` while no request is under way and no write goes in place. One at a time, and never while the size changes. */
   async quiesce<T>(action: () => T | Promise<T>): Promise<T> {
-    assert(this.#held === undefined, 'the volume is made quiet twice')
-    this.#held = []
+    this.#arrivals.hold()
     try {
       this.#tables.clearDirectUnits(0, this.#tables.unitCount)
       await this.#host.datapath.barrier()
@@ -243,10 +254,7 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
       assert(this.areClear(0, this.#tables.unitCount), 'a direct bit was set while the volume was made quiet')
       return await action()
     } finally {
-      const held = this.#held
-      this.#held = undefined
-      for (const arrival of held) this.#begin(arrival)
-      this.#merger.start()
+      this.#arrivals.release()
     }
   }
 
@@ -297,33 +305,14 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
 
   /** Forgets timers; all upcalls were answered (Datapath.closeExport). */
   close(): void {
-    assert(this.#held === undefined && this.#overlaps.size === 0, 'closed with requests that wait')
+    assert(this.#arrivals.idle, 'closed with requests that wait')
     assert(this.#works.size === 0, `volume ${this.#volume.name}: closed with work under way`)
     this.#merger.close()
   }
 
   // ---- requests ----------------------------------------------------------------------------------------
 
-  /** Requests that overlap keep the order in which they come here, where somebody else does them, too. */
-  #arrive(upcall: Upcall): void {
-    this.#begin({ upcall, entry: undefined })
-  }
-
-  #begin(arrival: Arrival): void {
-    if (this.#held !== undefined) {
-      this.#held.push(arrival)
-      return
-    }
-    const { upcall } = arrival
-    let { entry } = arrival
-    if (entry === undefined && this.#watchers.forwards) {
-      const waiting: Entry = this.#overlaps.enter(upcall.offset, upcall.length, () => {
-        this.#begin({ upcall, entry: waiting })
-        this.#merger.start()
-      })
-      if (waiting.blockers > 0) return
-      entry = waiting
-    }
+  #begin(upcall: Upcall, entry: Entry | undefined): void {
     const errno = this.#objectionTo(upcall)
     if (errno !== 0) this.#finishRequest(upcall, entry, errno)
     else if (upcall.kind === 'write') this.#write(upcall, entry)
@@ -469,7 +458,7 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
         (upcall.id === NOBODY || this.#coveredBy(part) >= this.#tables.bytesOf(part.unit))
       ) {
         this.#works.begin(part.unit, 'releasing', part)
-        if (this.#releases.push(part.unit) === 1) queueMicrotask(() => this.#startReleases())
+        this.#releaser.release(part.unit)
         return
       }
       if (formatted) {
@@ -540,7 +529,7 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
   }
 
   #mayOpen(unit: number): boolean {
-    if (this.#refusing || !this.#clientsWrite || this.#held !== undefined) return false
+    if (this.#refusing || !this.#clientsWrite || this.#arrivals.holding) return false
     return this.#intents?.isHot(unit) !== false && this.#watchers.mayOpen(unit)
   }
 
@@ -594,48 +583,9 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
     )
   }
 
-  async #startReleases(): Promise<void> {
-    // However many trims came at once, a record has to fit into a frame of the journal.
-    const units = this.#releases.splice(0, this.#unitsPerStep).sort((a, b) => a - b)
-    if (this.#releases.length > 0) queueMicrotask(() => this.#startReleases())
-    const { medium } = this.#tables
-    let errno = 0
-    for (const unit of units) this.#tables.clearDirect(unit)
-    try {
-      await this.#host.datapath.barrier()
-      const changes: Change[] = []
-      const freed: FreedRun[] = []
-      for (const run of consecutive(units)) {
-        const firstUnit = run[0] ?? 0
-        changes.push({ op: CHANGE.released, medium, first: firstUnit, count: run.length, slot: 0 })
-        if (this.#volume.provision === 'thick') continue // the reserved slots stay
-        const first = firstUnit * this.#tables.formatUnit
-        const end = this.#tables.unitStripes(run[run.length - 1] ?? 0)
-        const count = end.first + end.count - first
-        changes.push({ op: CHANGE.slots, medium, first, count, slot: 0 })
-        const slots: number[] = []
-        for (let stripe = first; stripe < first + count; stripe++) slots.push(this.#tables.slotOf(stripe))
-        for (const slotRun of slotRunsOf(first, slots)) {
-          freed.push({ slot: slotRun.slot, count: slotRun.count, owner: 'thin' })
-        }
-      }
-      await this.#host.record(changes, (sequence) => {
-        for (const change of changes) this.#tables.apply(change)
-        this.#host.freeLater(freed, sequence)
-      })
-      // The slots of a thick volume stay, and the next first write goes to them: reads that found the bits before they were
-      // cleared have to be over by then, or they would show that write before it is there for all.
-      if (this.#volume.provision === 'thick') await this.#host.datapath.barrier()
-    } catch (error) {
-      errno = this.#errnoOf(error)
-    }
-    for (const unit of units) {
-      const work = this.#works.get(unit)
-      assert(work !== undefined && work.state === 'releasing')
-      for (const part of work.parts) this.#requests.done(part, errno)
-      this.#finish(unit, work)
-    }
-    this.#merger.start()
+  #finishParts(unit: number, work: Work, errno: number): void {
+    for (const part of work.parts) this.#requests.done(part, errno)
+    this.#finish(unit, work)
   }
 
   /** The unit is idle again; what waited for that goes on, in order. */
@@ -666,7 +616,7 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
 
   #finishRequest(upcall: Upcall, entry: Entry | undefined, errno: number): void {
     this.#complete(upcall.id, errno)
-    if (entry !== undefined) this.#overlaps.leave(entry)
+    this.#arrivals.leave(entry)
   }
 
   #complete(id: number, errno: number): void {

@@ -17,12 +17,6 @@ export interface Request {
   readonly entry: Entry | undefined
 }
 
-/** A request that has not begun. */
-export interface Arrival {
-  readonly upcall: Upcall
-  readonly entry: Entry | undefined
-}
-
 export interface Part {
   readonly request: Request
   readonly unit: number

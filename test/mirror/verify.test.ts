@@ -55,7 +55,8 @@ describe.each(DATAPATHS)('a comparison of a live pair, %s', (datapath) => {
       await one.pool.createVolume({ name: 'data', size: SIZE })
       const client = await one.connect('data')
       const random = new Random(7)
-      for (let at = 0; at < SIZE; at += 3 * MIB) await client.write(random.bytes(Math.min(MIB, SIZE - at)), at)
+      for (let at = 0; at < SIZE; at += 3 * MIB)
+        await client.write(random.bytes(Math.min(MIB, SIZE - at)), at)
       await one.mirrors.add({ volume: 'data', peer: pair.address, mode, intervalMs: 50 })
       await one.reach('data', state)
       return { one, two, client }
