@@ -7,11 +7,13 @@ import type { GenerationRecord, MirrorRecord } from '../metadata/records.ts'
 import type { MirrorBook, StoredMirror } from '../volume/mirror-book.ts'
 import type { Volume } from '../volume/volume.ts'
 import type { ChangeWatcher, Forwarding } from '../volume/watchers.ts'
+import { ChangeNotes } from './change-notes.ts'
 import { compareSides } from './compare.ts'
-import { CopyBits } from './copy-bits.ts'
-import { Counters, Speed } from './counters.ts'
+import type { CopyBits } from './copy-bits.ts'
+import { Counters } from './counters.ts'
 import { Forwarder } from './forwarder.ts'
 import { judge } from './judge.ts'
+import { Progress } from './progress.ts'
 import { type CommitInfo, type PrimaryHello, type Remote, RemoteError, type RemoteHello } from './remote.ts'
 import { Saves } from './saves.ts'
 import { Sender } from './sender.ts'
@@ -61,7 +63,8 @@ export class Primary implements ChangeWatcher {
   readonly #host: PrimaryHost
   readonly states: MirrorStates
   readonly counters = new Counters()
-  readonly bits: CopyBits
+  readonly #notes: ChangeNotes
+  readonly #progress = new Progress()
   readonly #limit: RateLimit
   readonly #saves: Saves
   readonly #forwarder: Forwarder
@@ -82,20 +85,14 @@ export class Primary implements ChangeWatcher {
   #agreedSize: number | undefined // that the secondary had when it was last met
   #refusal: RemoteError | undefined // of a request that went to both sides
 
-  #closedAt = 0 // of the last cycle that began, performance.now()
-  #imageAt: number | undefined // of the secondary's content
-  #behindSince: number | undefined // when the first change came that the secondary lacks
   #verification: Verification | undefined
-  #verifying: { readonly done: number; readonly total: number; readonly speed: Speed } | undefined
   #points: PointWanted[] = []
-  #progress: { what: MirrorProgress['what']; total: number; speed: Speed; from: number } | undefined
 
   constructor(host: PrimaryHost) {
     this.#host = host
-    const { record, map } = host.stored
-    this.bits = new CopyBits(map.unitCount)
+    const { record } = host.stored
+    this.#notes = new ChangeNotes(host.book, host.stored)
     this.#size = host.volume.size
-    this.bits.changeAll(map.bits)
     this.states = new MirrorStates(record.paused ? 'paused' : 'connecting', (state, before, reason) => {
       host.onState(state, before, reason)
       this.#remote?.tell(state)
@@ -103,10 +100,13 @@ export class Primary implements ChangeWatcher {
     this.#limit = new RateLimit(record.rate ?? undefined)
     this.#saves = new Saves(host.volume.scratch())
     this.#forwarder = new Forwarder(host.volume, {
-      changed: (offset, length) => this.#changedRange(offset, length),
+      changed: (offset, length) => this.#notes.changeRange(offset, length),
       refused: (reason) => this.#remoteRefused(reason),
     })
-    if (this.bits.total > 0) this.#behindSince = performance.now()
+  }
+
+  get bits(): CopyBits {
+    return this.#notes.bits
   }
 
   get record(): MirrorRecord {
@@ -129,7 +129,7 @@ export class Primary implements ChangeWatcher {
     const wait = this.#sender?.hold(copyUnit)
     if (wait !== undefined) return wait
     // In step with the secondary nothing is lacking: the request itself travels.
-    if (!this.#forwarder.following) this.#change(copyUnit)
+    if (!this.#forwarder.following) this.#notes.change(copyUnit)
     return undefined
   }
 
@@ -150,7 +150,7 @@ export class Primary implements ChangeWatcher {
   }
 
   failedHere({ offset, length }: Upcall): void {
-    this.#changedRange(offset, length)
+    this.#notes.changeRange(offset, length)
     if (this.#forwarder.following)
       this.#remoteRefused('a request failed on this side: the sides may differ there')
   }
@@ -247,7 +247,7 @@ export class Primary implements ChangeWatcher {
 
   /** The secondary answered to it, and may have lost it since. */
   missed(offset: number, length: number): void {
-    this.#changedRange(offset, length)
+    this.#notes.changeRange(offset, length)
   }
 
   /** Something was settled: goes on at once. */
@@ -424,7 +424,7 @@ export class Primary implements ChangeWatcher {
         isHole: (offset, length) => volume.isHole(offset, length),
         nextRealized: (offset) => volume.nextFormatted(offset),
         read: (offset, target) => volume.read(offset, target),
-        onProgress: (done, total) => this.#show('comparing', done, total),
+        onProgress: (done, total) => this.#progress.show('comparing', done, total),
         onCompared: (regions) => {
           this.counters.signatures += regions
         },
@@ -443,7 +443,7 @@ export class Primary implements ChangeWatcher {
       { bits: this.bits.union() },
     )
     this.#throwIfInterrupted()
-    if (this.bits.total > 0) this.#behindSince ??= performance.now()
+    this.#notes.noteBehind()
     this.#retryMs = LIMITS.mirrorRetryMsMin
     if (!this.record.initialized) await this.#copy(remote)
     if (this.record.mode === 'sync') await this.#sync(remote)
@@ -453,7 +453,7 @@ export class Primary implements ChangeWatcher {
   #introduce(): PrimaryHello {
     const { base, cycle, initialized, mode, intervalMs, onLoss, unitBytes } = this.record
     const { size } = this.#host.volume
-    const changed = this.bits.total * unitBytes
+    const changed = this.#notes.behind
     const settings = { mode, intervalMs, onLoss, unitBytes }
     return { generation: this.#generation(), base, cycle, size, initialized, changed, ...settings }
   }
@@ -475,9 +475,9 @@ export class Primary implements ChangeWatcher {
   /** The initial copy: passes without a point in time while there is much to send, then a cycle, which is one. */
   async #copy(remote: Remote): Promise<void> {
     this.#enter('copying')
-    for (let pass = 0; pass < PASSES_MAX && this.#behind > LITTLE_UNITS_BYTES; pass++) {
+    for (let pass = 0; pass < PASSES_MAX && this.#notes.behind > LITTLE_UNITS_BYTES; pass++) {
       await this.#close(false)
-      this.#show('copying', 0, this.#cycleBytes())
+      this.#progress.show('copying', 0, this.#notes.open)
       await this.#sender?.run(LIMITS.mirrorCommitBytes, () => this.#commit(remote, { consistent: false }))
       await this.#commit(remote, { consistent: false })
       this.#sender = undefined
@@ -492,7 +492,7 @@ export class Primary implements ChangeWatcher {
   async #async(remote: Remote): Promise<void> {
     this.#enter('cycling')
     for (;;) {
-      const due = this.#closedAt + this.record.intervalMs
+      const due = this.#notes.closedAt + this.record.intervalMs
       const now = performance.now()
       if (now < due && this.#points.length === 0) {
         await this.#idle(due - now)
@@ -500,8 +500,7 @@ export class Primary implements ChangeWatcher {
         continue
       }
       if (this.bits.total === 0 && this.#points.length === 0) {
-        this.#closedAt = now
-        this.#imageAt = now
+        this.#notes.nothingToSend()
       } else {
         await this.#cycle(remote, 'cycle')
       }
@@ -512,14 +511,14 @@ export class Primary implements ChangeWatcher {
     if (this.states.state === 'negotiating') this.#enter('copying')
     let patience: number = LIMITS.mirrorLastStepMs
     for (let pass = 0; ; pass++) {
-      if (pass < PASSES_MAX && this.#behind > LIMITS.mirrorLastStepBytes) {
+      if (pass < PASSES_MAX && this.#notes.behind > LIMITS.mirrorLastStepBytes) {
         await this.#cycle(remote, 'copying')
         continue
       }
       if (await this.#lastStep(remote, patience)) break
       patience *= 2
     }
-    this.#progress = undefined
+    this.#progress.end()
     this.#throwIfInterrupted()
     this.#enter('insync')
     await this.#idle()
@@ -532,8 +531,7 @@ export class Primary implements ChangeWatcher {
     let late = false
     await this.#host.volume.quiesce(async () => {
       this.#throwIfInterrupted()
-      this.bits.close()
-      this.#closedAt = performance.now()
+      this.#notes.close()
       const sender = this.#newSender(remote, true)
       const timer = setTimeout(() => {
         late = true
@@ -562,11 +560,11 @@ export class Primary implements ChangeWatcher {
     const points = this.#points.splice(0)
     try {
       const ours = await this.#close(true, points)
-      this.#show(what, 0, this.#cycleBytes())
+      this.#progress.show(what, 0, this.#notes.open)
       await this.#sender?.run()
       await this.#commit(remote, { consistent: true })
       this.#sender = undefined
-      this.#progress = undefined
+      this.#progress.end()
       for (const [index, { ranges, resolve }] of points.entries()) {
         const own = ours[index]
         assert(own !== undefined, 'signatures of a point in time')
@@ -590,8 +588,7 @@ export class Primary implements ChangeWatcher {
         signatures.push(await signaturesOf(ranges, (offset, target) => volume.read(offset, target)))
       }
       this.#throwIfInterrupted()
-      this.bits.close()
-      this.#closedAt = performance.now()
+      this.#notes.close()
       this.#newSender(remote, strict)
     })
     this.#throwIfInterrupted()
@@ -614,8 +611,7 @@ export class Primary implements ChangeWatcher {
           this.counters.sentBytes += bytes
           this.counters.units += units
           this.counters.holes += holes
-          const progress = this.#progress
-          if (progress !== undefined) progress.speed.add(units * this.record.unitBytes)
+          this.#progress.moved(units * this.record.unitBytes)
         },
         saved: () => {
           this.counters.saves++
@@ -633,15 +629,12 @@ export class Primary implements ChangeWatcher {
     const cycle = this.record.cycle + 1
     await remote.commit(this.#commitInfo(cycle, consistent, follow))
     this.counters.cycles++
-    const done = this.bits.committed()
     if (consistent) {
       if (this.#hello !== undefined) {
         this.#hello = { ...this.#hello, generation: this.#generation(), consistent, changed: 0, cycle }
       }
-      this.#imageAt = this.#closedAt
-      this.#behindSince = this.bits.total === 0 ? undefined : this.#closedAt
     }
-    const cleared = this.#record(done, false)
+    const cleared = this.#notes.committed(consistent)
     const agreed = { initialized: true, base: this.#generation().current }
     await this.#save({ cycle, ...(consistent ? agreed : {}) })
     await cleared
@@ -682,7 +675,7 @@ export class Primary implements ChangeWatcher {
     const hello = await remote.hello(this.#introduce())
     if (hello.stage !== this.#stageToken) this.#newStage(hello.stage)
     await this.#host.volume.quiesce(async () => {
-      this.bits.close()
+      this.#notes.close()
       await this.#newSender(remote, true).run()
       this.#sender = undefined
       const cycle = this.record.cycle + 1
@@ -700,33 +693,10 @@ export class Primary implements ChangeWatcher {
     return Math.floor((formatUnit * this.#host.volume.unitBytes) / this.record.unitBytes)
   }
 
-  #change(unit: number): void {
-    if (!this.bits.change(unit)) return
-    this.#behindSince ??= performance.now()
-    this.#record([unit], true).catch((error: unknown) => {
-      if (!(error instanceof StoreError || error instanceof UserError)) throw error
-      // The pool has failed, and says so; or the mirror is being removed.
-    })
-  }
-
-  #changedRange(offset: number, length: number): void {
-    const { unitBytes } = this.record
-    const last = Math.min(this.bits.unitCount - 1, Math.floor((offset + length - 1) / unitBytes))
-    for (let unit = Math.floor(offset / unitBytes); unit <= last; unit++) this.#change(unit)
-  }
-
-  #record(units: readonly number[], set: boolean): Promise<void> {
-    if (units.length === 0) return Promise.resolve()
-    return this.#host.book.record(
-      this.record.id,
-      runsOf(units).map(({ first, count }) => ({ first, count, set })),
-    )
-  }
-
   #breakCycle(keepStaged: boolean): void {
     this.#sender?.forget()
     this.#sender = undefined
-    this.#progress = undefined
+    this.#progress.end()
     this.bits.break(keepStaged)
     if (!keepStaged) this.#stageToken = ''
   }
@@ -759,8 +729,6 @@ export class Primary implements ChangeWatcher {
       throw new UserError('BUSY', `the mirror is ${state}: a comparison wants it insync or cycling`)
     }
     if (this.#verification?.running === true) throw new UserError('BUSY', 'a comparison is running already')
-    const speed = new Speed()
-    let before = 0
     this.#verification = new Verification(
       {
         unitBytes: this.record.unitBytes,
@@ -771,11 +739,7 @@ export class Primary implements ChangeWatcher {
         signaturesThere: (ranges) => remote.signatures(ranges),
         atPoint: (ranges) => this.#atPoint(remote, ranges),
         repair: (differences) => this.#repair(differences),
-        progress: (done, total) => {
-          speed.add(Math.max(0, done - before))
-          before = done
-          this.#verifying = { done, total, speed }
-        },
+        progress: (done, total) => this.#progress.verified(done, total),
         compared: (regions) => {
           this.counters.signatures += regions
         },
@@ -783,7 +747,7 @@ export class Primary implements ChangeWatcher {
       repair,
     )
     this.#verification.run().then(() => {
-      this.#verifying = undefined
+      this.#progress.endVerifying()
       const { differing = 0, failure = null } = this.#verification?.result() ?? {}
       if (failure !== null) this.#host.onTrouble('mirror.verify', `the comparison did not end: ${failure}`)
       else if (differing > 0)
@@ -811,49 +775,18 @@ export class Primary implements ChangeWatcher {
 
   /** Sent again, as if they had changed. */
   #repair(differences: readonly Range[]): void {
-    for (const { offset, length } of differences) this.#changedRange(offset, length)
+    for (const { offset, length } of differences) this.#notes.changeRange(offset, length)
     if (!this.#forwarder.following) return
     this.#stopFollowing()
     this.#again('differences are repaired')
   }
 
-  get #behind(): number {
-    return this.bits.total * this.record.unitBytes
-  }
-
-  #cycleBytes(): number {
-    return this.bits.openCount * this.record.unitBytes
-  }
-
   lag(): MirrorLag {
-    const bytes = Math.min(this.#behind, this.#host.volume.size)
-    if (this.#forwarder.following || (this.bits.total === 0 && this.record.initialized))
-      return { bytes, seconds: 0 }
-    if (!this.record.initialized) return { bytes, seconds: null }
-    const since = Math.max(this.#imageAt ?? 0, this.#behindSince ?? 0)
-    return { bytes, seconds: since === 0 ? null : (performance.now() - since) / 1000 }
+    return this.#notes.lag(this.#host.volume.size, this.#forwarder.following)
   }
 
   progress(): MirrorProgress | null {
-    const verifying = this.#verifying
-    if (verifying !== undefined) {
-      const { done, total, speed } = verifying
-      const now = speed.now()
-      return {
-        what: 'verifying',
-        done,
-        total,
-        speed: now,
-        remainingMs: now > 0 ? ((total - done) * 1000) / now : null,
-      }
-    }
-    const progress = this.#progress
-    if (progress === undefined) return null
-    const { what, total, speed, from } = progress
-    const done = what === 'comparing' ? from : Math.max(0, total - this.#cycleBytes())
-    const now = speed.now()
-    const remainingMs = now > 0 ? ((total - done) * 1000) / now : null
-    return { what, done: Math.min(done, total), total, speed: now, remainingMs }
+    return this.#progress.now(this.#notes.open)
   }
 
   wireBytes(): number {
@@ -862,17 +795,6 @@ export class Primary implements ChangeWatcher {
 
   forwardedCount(): number {
     return this.#forwarder.count
-  }
-
-  #show(what: MirrorProgress['what'], from: number, total: number): void {
-    const before = this.#progress
-    if (before !== undefined && before.what === what && what === 'comparing') {
-      before.speed.add(from - before.from)
-      before.from = from
-      before.total = total
-      return
-    }
-    this.#progress = { what, total, from, speed: new Speed() }
   }
 
   #generation(): GenerationRecord {
@@ -896,14 +818,4 @@ export class Primary implements ChangeWatcher {
   #save(change: Partial<MirrorRecord>): Promise<void> {
     return this.#host.book.save(this.record.id, change)
   }
-}
-
-function runsOf(units: readonly number[]): { first: number; count: number }[] {
-  const runs: { first: number; count: number }[] = []
-  for (const unit of units) {
-    const last = runs[runs.length - 1]
-    if (last !== undefined && last.first + last.count === unit) last.count++
-    else runs.push({ first: unit, count: 1 })
-  }
-  return runs
 }

@@ -39,7 +39,7 @@ export async function runPair(seed: number, options: SeedOptions = {}): Promise<
 
 /** Virtual time that something may take. */
 const PATIENCE_MS = 900_000
-const STEPS_MAX = 600_000
+const STEPS_MAX = 60_000
 
 /** A time during which both sides had every request. */
 interface Following {
