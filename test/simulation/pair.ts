@@ -46,6 +46,8 @@ interface Following {
   readonly cycle: number
   readonly from: number
   to: number
+  /** What began later reached the secondary by no request: the parting was over by then. */
+  reach: number
 }
 
 class PairSimulation implements Simulated {
@@ -476,15 +478,17 @@ class PairSimulation implements Simulated {
         cycle: record.cycle,
         from: this.#history.timeline.now(),
         to: Number.POSITIVE_INFINITY,
+        reach: Number.POSITIVE_INFINITY,
       }
       this.#blocking = record.onLoss === 'block'
       this.#lost = false
     } else if (kind.startsWith('mirror.') && this.#following !== undefined && !this.#blocking) {
       this.#parts()
+      this.#following.reach = Math.min(this.#following.reach, this.#history.timeline.now())
     }
   }
 
-  /** From now on the secondary may lack what is answered. */
+  /** From now on the secondary may lack what is answered; it may still get it, until the mirror says that it is in another state. */
   #parts(): void {
     const following = this.#following
     if (following === undefined) return
@@ -514,6 +518,7 @@ class PairSimulation implements Simulated {
         content,
         following.from,
         Math.min(following.to, timeline.now()),
+        following.reach,
         !this.#lost,
       )
       if (wrong !== undefined) this.fail(`the secondary: ${wrong}`)

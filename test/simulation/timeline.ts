@@ -101,17 +101,18 @@ export class Timeline {
   }
 
   /**
-   * The image of a secondary that did every request together with its primary from `from` on, when both were durably equal, until `to`.
+   * The image of a secondary that did every request together with its primary from `from` on, when both were durably equal, until `to`;
+   * from then to `reach` it may have done some.
    * @param survived what happened to it since: its kernel runs on, or not
    */
-  followed(content: Buffer, from: number, to: number, survived: boolean): string | undefined {
+  followed(content: Buffer, from: number, to: number, reach: number, survived: boolean): string | undefined {
     for (let sector = 0; sector < content.length / SECTOR; sector++) {
       const token = tokenAt(content, sector, this.#initial)
       const changes = this.#sectors[sector] ?? []
       const kept = (change: Change): boolean =>
         change.end < from || (survived ? change.end : Math.min(change.durable, this.#flushedAt(change))) < to
       const may = changes.filter(
-        (each) => each.begin < to && !changes.some((by) => by.begin > each.end && kept(by)),
+        (each) => each.begin < reach && !changes.some((by) => by.begin > each.end && kept(by)),
       )
       if (may.some((each) => each.token === token)) continue
       return `sector ${sector} holds ${token} in step with the primary until ${to}; ${this.#story(sector)}`
