@@ -366,6 +366,7 @@ export class Primary implements ChangeWatcher {
 
   async #rest(): Promise<void> {
     this.#park()
+    this.#refusal = undefined // nothing is asked for that could be refused; and `#idle` would not wait
     await this.#idle()
     this.#parked = false
   }
