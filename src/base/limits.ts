@@ -73,7 +73,7 @@ export const LIMITS = {
   /** Link: the payload of a frame that opens or closes something. */
   linkControlPayloadMax: 64 * KiB,
   /** Link: bytes on their way in one connection that the peer has not acknowledged. More pays on long fat lines only. */
-  linkConnectionWindow: 32 * MiB,
+  linkConnectionWindow: 8 * MiB,
   linkConnectionWindowMax: 256 * MiB,
   /** Link: bytes sent on one channel that the peer's side of it has not consumed; what a receiver may have to keep. */
   linkChannelWindow: 4 * MiB,

@@ -53,6 +53,8 @@ async function stop(daemon: Daemon, log: pino.Logger): Promise<void> {
   }
   clearTimeout(deadline)
   log.info('stopped')
+  // Ends here, where signals are still taken: one that comes while Node.js takes itself apart would make this look like a crash.
+  process.once('beforeExit', () => process.exit())
   setTimeout(() => {
     log.error({ open: process.getActiveResourcesInfo() }, 'stopped, but something is still open: exiting')
     process.exit(1)

@@ -396,8 +396,9 @@ export class Secondary {
 
   /** Ends of one turn travel together. */
   #end(control: Channel, id: number, errno: number): void {
-    if (this.#ends.push({ id, errno }) > 1) return
-    setImmediate(() => {
+    if (this.#control !== control || this.#ends.push({ id, errno }) > 1) return
+    // After the microtasks in which the others of this turn end.
+    process.nextTick(() => {
       const ends = this.#ends
       this.#ends = []
       if (this.#control !== control) return

@@ -87,7 +87,8 @@ describe('a daemon process', () => {
 
   it('tells a terminal where clients and peers connect, ports as bound', async () => {
     const words = [process.execPath, main, 'serve', pool, '--link', '127.0.0.1:0', ...options]
-    const command = words.map((word) => `'${word}'`).join(' ')
+    // `exec`: else a shell that waits for it may answer Ctrl-C, too.
+    const command = `exec ${words.map((word) => `'${word}'`).join(' ')}`
     const child = spawn('script', ['-qefc', command, '/dev/null'], { stdio: ['pipe', 'pipe', 'inherit'] })
     children.push(child)
     const exited = new Promise((resolve) => child.once('close', resolve))

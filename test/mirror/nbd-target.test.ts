@@ -1,5 +1,13 @@
 import { type ChildProcess, spawn } from 'node:child_process'
-import { existsSync, mkdtempSync, readFileSync, rmSync, truncateSync, writeFileSync } from 'node:fs'
+import {
+  existsSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  truncateSync,
+  writeFileSync,
+} from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, describe, expect, it, onTestFinished, vi } from 'vitest'
@@ -70,8 +78,14 @@ class Target {
     }, `${program} listens`)
   }
 
-  signal(signal: NodeJS.Signals): void {
-    this.#child?.kill(signal)
+  /** Says nothing from here on: every thread of it is stopped. */
+  async stall(): Promise<void> {
+    const child = this.#child
+    if (child?.pid === undefined) throw new Error('the target does not run')
+    child.kill('SIGSTOP')
+    const tasks = `/proc/${child.pid}/task`
+    const stopped = (task: string): boolean => / T /.test(readFileSync(join(tasks, task, 'stat'), 'latin1'))
+    await until(() => readdirSync(tasks).every(stopped), 'the target is stopped')
   }
 
   async kill(): Promise<void> {
@@ -560,7 +574,7 @@ describe('a session with an NBD export', () => {
   it('ends when the server says nothing any more', async () => {
     const target = await Target.start(memory())
     const remote = await NbdRemote.open({ ...options(target), silenceMs: 100 })
-    target.signal('SIGSTOP')
+    await target.stall()
     await expect(remote.apply(write(0, 1))).rejects.toMatchObject({ fate: 'lost' })
     expect(await remote.ended).toMatchObject({ message: expect.stringContaining('no answer for') })
     await remote.closed
