@@ -50,7 +50,9 @@ const MODES: [MirrorInfo['mode'], MirrorInfo['state']][] = [
 describe.each(DATAPATHS)('a comparison of a live pair, %s', (datapath) => {
   describe.each(MODES)('%s', (mode, state) => {
     async function start(): Promise<{ one: Side; two: Side; client: NbdClient }> {
-      pair = await Pair.open({ datapath })
+      // What is asked travels more slowly than what is written: the other side answers of a later moment, unless writes wait.
+      const delayOfConnection = (index: number): number => (index === 1 ? 10 : 0)
+      pair = await Pair.open({ datapath }, { datapath }, { delayOfConnection })
       const { one, two } = pair
       await one.pool.createVolume({ name: 'data', size: SIZE })
       const client = await one.connect('data')
