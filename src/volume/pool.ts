@@ -289,7 +289,7 @@ export class Pool {
       const stripes = Math.ceil(size / stripeSize)
       const runs =
         provision === 'thick'
-          ? [{ stripe: 0, count: stripes, slot: this.#reserve(stripes, `volume ${name}`) }]
+          ? [{ stripe: 0, count: stripes, slot: await this.#reserve(stripes, `volume ${name}`) }]
           : []
       const id = this.#nextId++
       const record: VolumeRecord = {
@@ -613,9 +613,15 @@ export class Pool {
     throw new StoreError('MEMBER_IO', `the pool ${this.directory} takes no changes: ${this.#failure}`)
   }
 
-  #reserve(count: number, what: string): number {
+  /** A contiguous run; where there is none, what waits to be freed at the call may make one. */
+  async #reserve(count: number, what: string): Promise<number> {
     this.#refuseSlots()
-    const slot = this.#allocator.reserveRun(count)
+    let slot = this.#allocator.reserveRun(count)
+    if (slot === undefined && this.#reclaimer.pendingSlots > 0) {
+      await this.#reclaimer.reclaim()
+      this.#refuseSlots()
+      slot = this.#allocator.reserveRun(count)
+    }
     if (slot !== undefined) return slot
     const { stripeSize } = this.#parts.geometry
     const free = this.#allocator.freeCount * stripeSize

@@ -43,7 +43,7 @@ export async function grow(v: ResizedVolume, size: number): Promise<void> {
   let added: SlotRun | undefined
   if (v.record().provision === 'thick' && stripeCount > old.stripeCount) {
     const count = stripeCount - old.stripeCount
-    added = { stripe: old.stripeCount, count, slot: v.host.reserveRun(count) }
+    added = { stripe: old.stripeCount, count, slot: await v.host.reserveRun(count) }
     runs.push(added)
   }
   let slots: number[] = []

@@ -11,7 +11,7 @@ export interface VolumeHost extends PolicyHost {
   /** Stores the changed record durably. */
   save(record: VolumeRecord): Promise<void>
   /** A contiguous run for a thick volume. @throws StoreError NO_SPACE */
-  reserveRun(count: number): number
+  reserveRun(count: number): Promise<number>
   unreserveRun(slot: number, count: number): void
   /** The copy maps of the volume's mirrors, in the turn of `checkpointWith`'s `prepare`. @returns takes that back */
   resizeMaps(size: number): () => void

@@ -54,6 +54,11 @@ export class LeanDaemon {
     return this.#ended
   }
 
+  /** The end of what it wrote to standard error. */
+  get stderr(): string {
+    return this.#stderr
+  }
+
   async open(pool: string, datapath: DatapathChoice): Promise<DatapathDescription> {
     await this.#loaded
     return (await this.command('open', { pool, datapath })) as DatapathDescription

@@ -140,11 +140,12 @@ describe.each(SERVERS.filter(({ name }) => name !== 'portable, slow members'))(
         })
         await sleep(random.below(LOAD_MS_MAX))
         dead = true
-        await kill(daemon)
+        const { own, said } = await kill(daemon)
         await Promise.all(lanes)
         for (const history of histories) history.cutOff()
         deaths[moment === 'opening' ? 'load' : moment]++
-        expect(problems, where).toEqual([])
+        const ending = own ? `; the daemon had ended by itself: ${said}` : ''
+        expect(problems, `${where}: ${problems[0] ?? ''}${ending}`).toEqual([])
       }
 
       /** Looks at the pool as it was left, while the next daemon opens it. */
@@ -164,9 +165,15 @@ describe.each(SERVERS.filter(({ name }) => name !== 'portable, slow members'))(
         return daemon
       }
 
-      async function kill(daemon: LeanDaemon): Promise<void> {
+      /** How it ended: by itself before this, and what it said last. */
+      async function kill(daemon: LeanDaemon): Promise<{ own: boolean; said: string }> {
         await daemon.kill()
         daemons.delete(daemon)
+        const { code, signal } = await daemon.exited
+        return {
+          own: signal !== 'SIGKILL',
+          said: `exit code ${code}, signal ${signal}, standard error: ${daemon.stderr}`,
+        }
       }
     })
   },

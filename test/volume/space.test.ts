@@ -121,6 +121,24 @@ describe.each(DATAPATHS)('space over %s', (datapath) => {
     expect(await checkPool(directory)).toMatchObject({ status: 'clean', slotsUsed: 100 })
   })
 
+  it('gives a thick volume, and a growing one, what was trimmed just before', async () => {
+    const directory = join(base, 'pool')
+    await createPool(directory, { capacity: 100 * STRIPE })
+    const { pool, connect } = bound(await open(directory))
+    await pool.createVolume({ name: 'thin', size: 100 * STRIPE })
+    const thin = await connect('thin')
+    expect((await fill(thin, 0, 100)).count).toBe(100)
+    // Nobody flushes: the slots wait for their record to be durable.
+    await thin.trim({ offset: 0, length: 40 * STRIPE })
+    await pool.createVolume({ name: 'thick', size: 40 * STRIPE, provision: 'thick' })
+    await thin.trim({ offset: 40 * STRIPE, length: 20 * STRIPE })
+    await pool.volume('thick').resize(60 * STRIPE)
+    const thick = await connect('thick')
+    expect((await fill(thick, 0, 60)).count).toBe(60)
+    await expectStripes(thin, 60, 100)
+    await expect(pool.volume('thick').resize(61 * STRIPE)).rejects.toThrow(/no contiguous 64K is free/)
+  })
+
   it('goes on serving when the file system under it is full, and heals when that grows or stripes are trimmed', async (context) => {
     const obstacle = mount(32 * MiB)
     if (obstacle !== undefined) return context.skip(obstacle)
