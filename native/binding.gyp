@@ -12,6 +12,7 @@
         "src/crc32c.cc",
         "src/datapath.cc",
         "src/glue.cc",
+        "src/lane.cc",
         "src/layout.cc",
         "src/loop.cc",
         "src/parser.cc",

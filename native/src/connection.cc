@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "assert.h"
+#include "lane.h"
 #include "loop.h"
 
 namespace nbd {
@@ -36,6 +37,7 @@ Connection::Connection(Loop& loop, Export& target, SessionOptions options)
       id_(options.id),
       parser_(options.rules),
       mode_(options.rules.mode),
+      lane_(options.lane),
       contexts_(std::move(options.contexts)),
       received_(std::move(options.received)),
       out_(loop.chunks()),
@@ -64,7 +66,7 @@ void Connection::attach() {
   }
   epoll_event event{};
   event.events = EPOLLIN | EPOLLRDHUP | EPOLLET;
-  event.data.ptr = this;
+  event.data.ptr = this;  // its lowest bit is 0: see Loop::eventOf
   if (epoll_ctl(loop_.epollFd(), EPOLL_CTL_ADD, fd_, &event) != 0) cut(SessionEnd::Error);
   loop_.touch(this);
 }
@@ -315,6 +317,9 @@ bool Connection::takeRequest() {
   current_ = parser_.request();
   if (current_.command == kDisconnect) {
     end(SessionEnd::Disconnect);
+  } else if (lane_ && (current_.command != kWrite || current_.flags != 0 || current_.length > kLaneBytesMax)) {
+    end(SessionEnd::Protocol);
+    return false;
   } else if (parser_.verdict().error != kOk) {
     discard(parser_.verdict().error);
   } else {
@@ -451,6 +456,7 @@ Upcall* Connection::upcall(const Request& request, UpcallKind kind, uint64_t off
   call->offset = offset;
   call->length = length;
   call->session = id_;
+  call->lane = lane_;
   counters().upcalls.add(1);
   inFlight_++;
   loop_.queueUpcall(call);

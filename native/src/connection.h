@@ -39,6 +39,7 @@ struct SessionOptions {
   SessionRules rules;
   std::vector<uint32_t> contexts;
   std::vector<uint8_t> received;
+  bool lane = false;  // of a peer's mirror: checksummed writes only (lane.h)
 };
 
 class Connection {
@@ -138,6 +139,9 @@ class Connection {
   bool takeInPlace();
   bool takeGather();
   bool mapDirect(const Tables& tables, uint64_t offset, uint64_t length, uint8_t* data, Segments& segments) const;
+  bool mayWriteAlone() const;
+  bool laneIntact();
+  bool writeOnLane();
   void writeDone();
   void gatherDone();
   void pieceDone(const Upcall* call, uint32_t error);
@@ -174,6 +178,7 @@ class Connection {
   const uint32_t id_;
   RequestParser parser_;
   const Mode mode_;
+  const bool lane_;
   std::vector<uint32_t> contexts_;
   std::vector<uint8_t> received_;
 

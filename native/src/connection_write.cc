@@ -1,9 +1,10 @@
-// Writes: in place where all direct bits are 1, else gathered for the policy.
+// Writes: in place where all direct bits are 1, with a lane where a mirror takes part; else gathered for the policy.
 #include <algorithm>
 #include <cstring>
 
 #include "assert.h"
 #include "connection.h"
+#include "lane.h"
 #include "loop.h"
 
 namespace nbd {
@@ -40,11 +41,28 @@ bool Connection::mapDirect(const Tables& tables, uint64_t offset, uint64_t lengt
   return true;
 }
 
+/// Whether direct bits are all that a write of this connection needs.
+bool Connection::mayWriteAlone() const {
+  if (target_.forwards.load(std::memory_order_acquire)) return false;
+  return lane_ || !target_.lanesOnly.load(std::memory_order_acquire);
+}
+
+/// All of a write of a lane is there: whether it is what the peer sent. Nothing that is not goes any further.
+bool Connection::laneIntact() {
+  const uint32_t low = static_cast<uint32_t>(current_.cookie);
+  const uint32_t sum = laneChecksum(current_.flags, low, current_.offset, current_.length, input_->begin());
+  if (sum == current_.cookie >> 32) return true;
+  cut(SessionEnd::Protocol);
+  return false;
+}
+
 bool Connection::takeInPlace() {
   const uint64_t left = parser_.payloadLeft();
   const size_t available = inputSize();
   uint64_t piece = left;
-  if (available < left) {
+  if (lane_) {
+    if (available < left || !laneIntact()) return false;
+  } else if (available < left) {
     if (available < kPiece) return false;
     piece = available - (writeOffset_ + available) % kPage;
   }
@@ -56,7 +74,8 @@ bool Connection::takeInPlace() {
   // The bytes are here, so from now on nothing waits for the client: look at the bits and write.
   Segments& segments = loop_.segments();
   segments.clear();
-  if (!mapDirect(tables, writeOffset_, piece, input_->begin(), segments)) {
+  // In this order: who forbids it does so before the first direct bit is set.
+  if (!mapDirect(tables, writeOffset_, piece, input_->begin(), segments) || !mayWriteAlone()) {
     uint64_t gather = left;
     if (!reserve(left)) {
       // What is always there for a connection that holds nothing takes it further, piece by piece.
@@ -112,6 +131,7 @@ void Connection::gatherDone() {
   NBD_ASSERT(gathered_ == payload_->size);
   const bool last = parser_.payloadLeft() == 0;
   NBD_ASSERT(!last || writeOffset_ + gathered_ == current_.offset + current_.length);
+  if (last && writeOnLane()) return;
   phase_ = last ? Phase::Header : Phase::PieceWait;
   Request request = current_;
   // Whoever makes the last piece durable makes all of them durable.
@@ -121,6 +141,45 @@ void Connection::gatherDone() {
   call->charged = payload_->size;
   call->piece = !last;
   payload_ = nullptr;
+}
+
+/// In place here, and over there at the same time. False where the policy has to see to it; nothing is answered then.
+bool Connection::writeOnLane() {
+  if (!target_.forwards.load(std::memory_order_acquire)) return false;
+  // One that was begun in another way goes on in that way.
+  if (writeOffset_ != current_.offset || gathered_ != current_.length || gathered_ > kLaneBytesMax) return false;
+  if ((current_.flags & kFlagFua) != 0) return false;
+  Lane* const lane = target_.lanes[loop_.index()];
+  if (lane == nullptr || lane->full()) return false;
+  const Tables& tables = target_.current();
+  if (writeOffset_ + gathered_ > tables.size) return false;
+  Segments& segments = loop_.segments();
+  segments.clear();
+  if (!target_.claims->take(writeOffset_, gathered_)) return false;
+  IoError error;
+  if (!mapDirect(tables, writeOffset_, gathered_, payload_->data(), segments) || !loop_.io().write(segments, &error)) {
+    // A write that failed is made again by the policy, which knows what to do with the failure.
+    target_.claims->give(writeOffset_, gathered_);
+    return false;
+  }
+  counters().inPlaceWrites.add(1);
+  counters().laneWrites.add(1);
+  counters().laneBytes.add(gathered_);
+  Upcall* call = loop_.takeUpcall();
+  call->connection = this;
+  call->target = &target_;
+  call->request = current_;
+  call->kind = UpcallKind::Write;
+  call->offset = writeOffset_;
+  call->length = gathered_;
+  call->session = id_;
+  call->payload = payload_;
+  call->charged = payload_->size;
+  payload_ = nullptr;
+  phase_ = Phase::Header;
+  inFlight_++;
+  lane->begin(call, loop_.beginAccess());
+  return true;
 }
 
 /// A piece of a payload that is larger than what could be had has been dealt with: on to the next one.

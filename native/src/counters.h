@@ -23,7 +23,7 @@ struct MemberCounters {
 };
 
 struct alignas(64) ExportCounters {
-  Counter reads, readBytes, writes, writeBytes, flushes, trims, zeroes, errors, upcalls, inPlaceWrites;
+  Counter reads, readBytes, writes, writeBytes, flushes, trims, zeroes, errors, upcalls, inPlaceWrites, laneWrites, laneBytes;
 };
 
 }  // namespace nbd

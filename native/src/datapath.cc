@@ -8,6 +8,7 @@
 
 #include "assert.h"
 #include "connection.h"
+#include "lane.h"
 #include "loop.h"
 #include "policy_io.h"
 #include "uring.h"
@@ -19,7 +20,7 @@ namespace {
 constexpr uint32_t kWaitingThreads = 16;
 constexpr uint32_t kWritingThreadsMax = 4;
 
-enum CommandWord { kComplete = 1, kFormatUnit, kWritePart, kSync, kPunch, kBarrier, kCloseExport };
+enum CommandWord { kComplete = 1, kFormatUnit, kWritePart, kSync, kPunch, kBarrier, kCloseExport, kDropLane, kEndSession };
 
 uint32_t loopIndexOf(const Upcall& upcall) { return upcall.connection->loopIndex(); }
 
@@ -107,6 +108,7 @@ void Datapath::openExport(uint32_t id, uint64_t stripeSize, uint32_t formatUnit,
     memset(target->fillBlock.get(), fill, kFillBlockSize);
   }
   target->counters.reset(new ExportCounters[shared_.loops.size()]);
+  target->lanes.assign(shared_.loops.size(), nullptr);
   exports_[id] = std::move(target);
 }
 
@@ -132,8 +134,39 @@ void Datapath::serve(uint32_t exportId, SessionOptions options) {
   shared_.loops[loop]->post(command);
 }
 
+void Datapath::openLane(uint32_t exportId, uint32_t laneId, uint32_t loop, int fd) {
+  Export& target = *exports_.at(exportId);
+  NBD_ASSERT(!target.closing && loop < shared_.loops.size());
+  if (target.claims == nullptr) target.claims.reset(new Claims);
+  target.openLanes++;
+  LoopCommand command{};
+  command.kind = LoopCommand::Kind::AddLane;
+  command.lane = new Lane(*shared_.loops[loop], target, fd, laneId);
+  shared_.loops[loop]->post(command);
+}
+
+void Datapath::setForwards(uint32_t exportId, bool on) {
+  Export& target = *exports_.at(exportId);
+  if (target.claims == nullptr) target.claims.reset(new Claims);
+  target.forwards.store(on, std::memory_order_release);
+}
+
+void Datapath::setLanesOnly(uint32_t exportId, bool on) {
+  exports_.at(exportId)->lanesOnly.store(on, std::memory_order_release);
+}
+
+bool Datapath::holdBlocks(uint32_t exportId, uint64_t offset, uint64_t length) {
+  return exports_.at(exportId)->claims->hold(offset, length);
+}
+
+void Datapath::releaseBlocks(uint32_t exportId, uint64_t offset, uint64_t length) {
+  exports_.at(exportId)->claims->release(offset, length);
+}
+
 void Datapath::settleClose(Export& target) {
-  if (!target.closing || target.sessions > 0 || target.adopted > 0 || target.rangeReads > 0) return;
+  if (!target.closing || target.sessions > 0 || target.openLanes > 0 || target.adopted > 0 || target.rangeReads > 0) {
+    return;
+  }
   Event event{};
   event.kind = EventKind::Done;
   event.tag = target.closeTag;
@@ -286,7 +319,7 @@ const double* Datapath::submitOne(const double* at, const double* end, TaskList&
       Export& target = *exports_.at(static_cast<uint32_t>(take()));
       target.closing = true;
       target.closeTag = tag;
-      if (target.sessions == 0) {
+      if (target.sessions == 0 && target.openLanes == 0) {
         settleClose(target);
         return at;
       }
@@ -294,6 +327,21 @@ const double* Datapath::submitOne(const double* at, const double* end, TaskList&
       command.kind = LoopCommand::Kind::CloseExport;
       command.target = &target;
       for (uint32_t loop = 0; loop < shared_.loops.size(); loop++) post(loop, command);
+      return at;
+    }
+    case kDropLane: {
+      LoopCommand command{};
+      command.kind = LoopCommand::Kind::DropLane;
+      command.id = static_cast<uint32_t>(take());
+      for (uint32_t loop = 0; loop < shared_.loops.size(); loop++) post(loop, command);
+      return at;
+    }
+    case kEndSession: {
+      LoopCommand command{};
+      command.kind = LoopCommand::Kind::EndSession;
+      command.id = static_cast<uint32_t>(take());
+      const auto session = loopOfSession_.find(command.id);
+      if (session != loopOfSession_.end()) post(session->second, command);
       return at;
     }
     default:
@@ -445,7 +493,7 @@ void Datapath::fillRecord(const Event& event, double* out) {
       out[1] = hold(event.upcall);
       out[2] = upcall.target->id;
       out[3] = static_cast<double>(upcall.kind);
-      out[4] = upcall.request.flags;
+      out[4] = upcall.request.flags | (upcall.half ? 1 << 16 : 0) | (upcall.lane ? 1 << 17 : 0);
       out[5] = static_cast<double>(upcall.offset);
       out[6] = static_cast<double>(upcall.length);
       out[7] = upcall.session;
@@ -474,20 +522,26 @@ void Datapath::fillRecord(const Event& event, double* out) {
       settleClose(target);
       return;
     }
+    case EventKind::LaneEnd:
+      out[1] = event.tag;
+      event.target->openLanes--;
+      settleClose(*event.target);
+      return;
   }
 }
 
 void Datapath::exportCounters(uint32_t id, double* out) {
   const Export& target = *exports_.at(id);
-  uint64_t sums[10] = {};
+  uint64_t sums[12] = {};
   for (size_t i = 0; i < shared_.loops.size(); i++) {
     const ExportCounters& c = target.counters[i];
-    const Counter* all[10] = {&c.reads,  &c.readBytes, &c.writes, &c.writeBytes, &c.flushes,
-                              &c.trims,  &c.zeroes,    &c.errors, &c.upcalls,    &c.inPlaceWrites};
-    for (int k = 0; k < 10; k++) sums[k] += all[k]->get();
+    const Counter* all[12] = {&c.reads,  &c.readBytes, &c.writes, &c.writeBytes, &c.flushes,
+                              &c.trims,  &c.zeroes,    &c.errors, &c.upcalls,    &c.inPlaceWrites,
+                              &c.laneWrites, &c.laneBytes};
+    for (int k = 0; k < 12; k++) sums[k] += all[k]->get();
   }
-  for (int k = 0; k < 10; k++) out[k] = static_cast<double>(sums[k]);
-  out[10] = static_cast<double>(target.fullStripeWrites.load(std::memory_order_relaxed));
+  for (int k = 0; k < 12; k++) out[k] = static_cast<double>(sums[k]);
+  out[12] = static_cast<double>(target.fullStripeWrites.load(std::memory_order_relaxed));
 }
 
 void Datapath::memberCounters(double* out) {

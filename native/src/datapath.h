@@ -10,8 +10,12 @@
 //   3 write part    tag, index, stripe, slot
 //   4 sync          tag
 //   5 punch         tag, slot, count
-//   6 barrier       tag
+//   6 barrier       tag                               4 lane end     lane
 //   7 close export  tag, export
+//   8 drop lane     lane
+//   9 end session   session
+//
+// The flags of an upcall: bit 16 half done (lane.h), bit 17 from a peer's lane.
 #pragma once
 
 #include <deque>
@@ -50,6 +54,14 @@ class Datapath {
   void retable(uint32_t id, double tag, const Tables& tables);
   void serve(uint32_t exportId, SessionOptions options);
   void submit(const double* words, size_t count);
+  /// A lane of I/O thread `loop`, which has none for that export. It says when it ends. `fd` is the lane's from here on.
+  void openLane(uint32_t exportId, uint32_t laneId, uint32_t loop, int fd);
+  /// See Export; while nothing of the export is under way.
+  void setForwards(uint32_t exportId, bool on);
+  void setLanesOnly(uint32_t exportId, bool on);
+  /// See Claims.
+  bool holdBlocks(uint32_t exportId, uint64_t offset, uint64_t length);
+  void releaseBlocks(uint32_t exportId, uint64_t offset, uint64_t length);
   /// Answers a status upcall: context, n, then length and flags n times; for each context.
   void completeStatus(uint32_t index, const double* words, size_t count);
   /// An upcall without a connection; returns its index. `data` (null for trim and zero) is read until it is completed.
@@ -62,7 +74,7 @@ class Datapath {
   void slotIo(double tag, bool write, uint32_t slot, uint64_t offset, uint8_t* data, uint64_t length);
   /// Fills at most `records` records and returns how many; fewer than that: nothing is left.
   size_t drain(double* out, size_t records);
-  /// 11 numbers, in the order of ExportCounters in datapath.ts.
+  /// 13 numbers, in the order of ExportCounters in datapath.ts.
   void exportCounters(uint32_t id, double* out);
   /// 5 numbers a member.
   void memberCounters(double* out);

@@ -15,7 +15,7 @@
 namespace {
 
 /// Raised with every change of the commands, events or arguments; src/datapath/native.ts refuses another.
-constexpr double kBindingVersion = 2;
+constexpr double kBindingVersion = 3;
 
 struct Handle {
   std::unique_ptr<nbd::Datapath> datapath;
@@ -158,11 +158,51 @@ Napi::Value serve(const Napi::CallbackInfo& info) {
   options.rules.contexts = !options.contexts.empty();
   options.rules.contextCount = static_cast<uint32_t>(options.contexts.size());
   options.rules.readOnly = info[7].As<Napi::Boolean>().Value();
+  options.lane = info[8].As<Napi::Boolean>().Value();
   options.rules.payloadMax = datapath->payloadMax();
   options.fd = fcntl(info[3].As<Napi::Number>().Int32Value(), F_DUPFD_CLOEXEC, 3);
   if (options.fd < 0) return fail(env, "node-nbd: cannot duplicate the socket", errno);
   datapath->serve(word(info, 1), std::move(options));
   return env.Undefined();
+}
+
+/// (handle, export, lane, thread, descriptor)
+Napi::Value openLane(const Napi::CallbackInfo& info) {
+  nbd::Datapath* datapath = datapathOf(info);
+  if (datapath == nullptr) return info.Env().Undefined();
+  const uint32_t loop = word(info, 3);
+  if (loop >= datapath->threads()) return fail(info.Env(), "node-nbd: there is no such thread");
+  const int fd = fcntl(info[4].As<Napi::Number>().Int32Value(), F_DUPFD_CLOEXEC, 3);
+  if (fd < 0) return fail(info.Env(), "node-nbd: cannot duplicate the socket", errno);
+  datapath->openLane(word(info, 1), word(info, 2), loop, fd);
+  return info.Env().Undefined();
+}
+
+/// (handle, export, forwards, lanesOnly)
+Napi::Value setLanes(const Napi::CallbackInfo& info) {
+  if (nbd::Datapath* datapath = datapathOf(info)) {
+    datapath->setForwards(word(info, 1), info[2].As<Napi::Boolean>().Value());
+    datapath->setLanesOnly(word(info, 1), info[3].As<Napi::Boolean>().Value());
+  }
+  return info.Env().Undefined();
+}
+
+/// (handle, export, offset, length): whether a lane had one of the blocks
+Napi::Value holdBlocks(const Napi::CallbackInfo& info) {
+  nbd::Datapath* datapath = datapathOf(info);
+  if (datapath == nullptr) return info.Env().Undefined();
+  const bool taken = datapath->holdBlocks(word(info, 1), static_cast<uint64_t>(number(info, 2)),
+                                          static_cast<uint64_t>(number(info, 3)));
+  return Napi::Boolean::New(info.Env(), taken);
+}
+
+/// (handle, export, offset, length)
+Napi::Value releaseBlocks(const Napi::CallbackInfo& info) {
+  if (nbd::Datapath* datapath = datapathOf(info)) {
+    datapath->releaseBlocks(word(info, 1), static_cast<uint64_t>(number(info, 2)),
+                            static_cast<uint64_t>(number(info, 3)));
+  }
+  return info.Env().Undefined();
 }
 
 /// (handle, words, count)
@@ -254,7 +294,7 @@ Napi::Value drain(const Napi::CallbackInfo& info) {
 Napi::Value exportCounters(const Napi::CallbackInfo& info) {
   if (nbd::Datapath* datapath = datapathOf(info)) {
     Napi::Float64Array out = info[2].As<Napi::Float64Array>();
-    if (out.ElementLength() < 11) return fail(info.Env(), "node-nbd: 11 counters");
+    if (out.ElementLength() < 13) return fail(info.Env(), "node-nbd: 13 counters");
     datapath->exportCounters(word(info, 1), out.Data());
   }
   return info.Env().Undefined();
@@ -308,6 +348,10 @@ Napi::Object initialise(Napi::Env env, Napi::Object exports) {
   exports.Set("openExport", Napi::Function::New(env, openExport));
   exports.Set("retable", Napi::Function::New(env, retable));
   exports.Set("serve", Napi::Function::New(env, serve));
+  exports.Set("openLane", Napi::Function::New(env, openLane));
+  exports.Set("setLanes", Napi::Function::New(env, setLanes));
+  exports.Set("holdBlocks", Napi::Function::New(env, holdBlocks));
+  exports.Set("releaseBlocks", Napi::Function::New(env, releaseBlocks));
   exports.Set("submit", Napi::Function::New(env, submit));
   exports.Set("completeStatus", Napi::Function::New(env, completeStatus));
   exports.Set("adopt", Napi::Function::New(env, adopt));

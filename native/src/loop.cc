@@ -21,6 +21,8 @@ namespace {
 
 constexpr int kEventsMax = 128;
 constexpr int kLingerCheckMilliseconds = 100;
+constexpr int kLaneCheckMilliseconds = 1000;
+constexpr uint64_t kLaneStallMicroseconds = 20'000'000;
 constexpr uint64_t kSpinMicroseconds = 50;
 constexpr uint32_t kSoloTurns = 16;            // turns that a connection has had alone, before its pattern counts
 constexpr uint64_t kPauseMicrosecondsMin = 20;
@@ -161,7 +163,9 @@ void Loop::run() {
   while (!stopping_.load(std::memory_order_acquire)) {
     if (touched_.empty() || ++spinTurns >= kSpinTurnsMax) {
       spinTurns = 0;
-      const int timeout = !touched_.empty() ? 0 : lingering_.empty() ? -1 : kLingerCheckMilliseconds;
+      int timeout = lanes_.empty() ? -1 : kLaneCheckMilliseconds;
+      if (!lingering_.empty()) timeout = kLingerCheckMilliseconds;
+      if (!touched_.empty()) timeout = 0;
       const int count = epoll_wait(epollFd_, events, kEventsMax, timeout);
       NBD_ASSERT(count >= 0 || errno == EINTR);
       for (int i = 0; i < count; i++) {
@@ -171,6 +175,9 @@ void Loop::run() {
         } else if (who == &ringFd_) {
           drainEventFd(ringFd_);
           uring_.reap(ringDone_);
+        } else if ((events[i].data.u64 & 1) != 0) {
+          Lane* const lane = reinterpret_cast<Lane*>(events[i].data.u64 & ~uint64_t{1});
+          if (!lane->onEvent(events[i].events)) endLane(lane);
         } else {
           static_cast<Connection*>(who)->onEvent(events[i].events);
         }
@@ -180,7 +187,10 @@ void Loop::run() {
     for (ReadJob* job : ringDone_) job->finished();
     ringDone_.clear();
     takeTurns();
+    if (!queuedLanes_.empty()) flushLanes();
+    if (!lanes_.empty()) expireLanes();
     if (uring_.isOpen()) uring_.kick();
+    // In this order: an access that ended as an upcall is known before a barrier that waited for it.
     if (!events_.empty()) shared_.events.push(events_);
     settleBarriers();
     if (!lingering_.empty()) expireLingering();
@@ -256,6 +266,12 @@ void Loop::takeCommands() {
   }
 }
 
+template <typename Wanted>
+void Loop::dropLane(Wanted wanted) {
+  const auto found = std::find_if(lanes_.begin(), lanes_.end(), [&](Lane* lane) { return wanted(*lane); });
+  if (found != lanes_.end()) endLane(*found);
+}
+
 void Loop::carryOut(const LoopCommand& command) {
   switch (command.kind) {
     case LoopCommand::Kind::Add:
@@ -280,6 +296,21 @@ void Loop::carryOut(const LoopCommand& command) {
     case LoopCommand::Kind::CloseExport:
       for (Connection* connection : connections_) {
         if (&connection->target() == command.target) connection->end(SessionEnd::Closed);
+      }
+      dropLane([&](Lane& lane) { return &lane.target() == command.target; });
+      return;
+    case LoopCommand::Kind::AddLane:
+      lanes_.push_back(command.lane);
+      NBD_ASSERT(command.lane->target().lanes[index_] == nullptr);
+      command.lane->target().lanes[index_] = command.lane;
+      if (!command.lane->attach()) endLane(command.lane);
+      return;
+    case LoopCommand::Kind::DropLane:
+      dropLane([&](Lane& lane) { return lane.id() == command.id; });
+      return;
+    case LoopCommand::Kind::EndSession:
+      for (Connection* connection : connections_) {
+        if (connection->id() == command.id) connection->end(SessionEnd::Closed);
       }
       return;
   }
@@ -309,6 +340,42 @@ void Loop::expireLingering() {
   for (Connection* connection : lingering_) {
     if (connection->deadline() != 0 && connection->deadline() <= now) connection->cut(SessionEnd::Closed);
   }
+}
+
+// --- lanes ---------------------------------------------------------------------------------------------------------
+
+void Loop::queueLane(Lane* lane) {
+  if (lane->queued) return;
+  lane->queued = true;
+  queuedLanes_.push_back(lane);
+}
+
+void Loop::flushLanes() {
+  // One that ends takes itself off the list of lanes, not off this one.
+  std::swap(queuedLanes_, flushing_);
+  for (Lane* lane : flushing_) {
+    lane->queued = false;
+    if (!lane->flush()) endLane(lane);
+  }
+  flushing_.clear();
+}
+
+void Loop::endLane(Lane* lane) {
+  lane->end();
+  lane->target().lanes[index_] = nullptr;
+  lanes_.erase(std::remove(lanes_.begin(), lanes_.end(), lane), lanes_.end());
+  queuedLanes_.erase(std::remove(queuedLanes_.begin(), queuedLanes_.end(), lane), queuedLanes_.end());
+  delete lane;
+}
+
+/// A peer that is alive and does not answer holds clients up: they go on without it.
+void Loop::expireLanes() {
+  Lane* stalled = nullptr;
+  for (Lane* lane : lanes_) {
+    const uint64_t since = lane->stalledSince();
+    if (since != 0 && nowMicroseconds() - since > kLaneStallMicroseconds) stalled = lane;
+  }
+  if (stalled != nullptr) endLane(stalled);
 }
 
 // --- upcalls -------------------------------------------------------------------------------------------------------
@@ -424,6 +491,11 @@ void Loop::finishStopping() {
   takeCommands();
   for (ReadJob* job : ringDone_) job->finished();
   ringDone_.clear();
+  for (Lane* lane : lanes_) {
+    lane->abandon();
+    delete lane;
+  }
+  lanes_.clear();
   for (Connection* connection : connections_) connection->abandon();
   for (Connection* connection : connections_) delete connection;
   for (Connection* connection : dead_) delete connection;

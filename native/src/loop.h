@@ -3,7 +3,7 @@
 // In a turn: events mark connections, commands are carried out, finished jobs are taken in, then each marked connection
 // has its turn (connection.h), upcalls are handed over in one batch, and closed connections are deleted. Member accesses
 // of connections begin and end inside their turn or are counted in an epoch, so a barrier that is looked at between two
-// turns only has to wait for the epochs before it.
+// turns only has to wait for the epochs before it. What a turn gave to lanes (lane.h) leaves together at its end.
 #pragma once
 
 #include <atomic>
@@ -14,6 +14,7 @@
 
 #include "buffers.h"
 #include "engine.h"
+#include "lane.h"
 #include "shared.h"
 #include "uring.h"
 
@@ -23,14 +24,16 @@ namespace nbd {
 constexpr uint64_t kMemoryAlways = 64 * 1024;
 
 struct LoopCommand {
-  enum class Kind : uint8_t { Add, Complete, CompleteStatus, Barrier, CloseExport };
+  enum class Kind : uint8_t { Add, Complete, CompleteStatus, Barrier, CloseExport, AddLane, DropLane, EndSession };
   Kind kind;
   uint32_t error = 0;                // Complete
   Connection* connection = nullptr;  // Add
   Upcall* upcall = nullptr;          // Complete, CompleteStatus
   std::vector<uint8_t>* body = nullptr;  // CompleteStatus: the reply chunks' bytes, see datapath.cc
   Barrier* barrier = nullptr;
-  Export* target = nullptr;  // CloseExport
+  Export* target = nullptr;  // CloseExport; it may be gone by the time, so it is compared and nothing else
+  Lane* lane = nullptr;      // AddLane
+  uint32_t id = 0;           // DropLane, EndSession
 };
 
 class Loop {
@@ -76,6 +79,10 @@ class Loop {
   void releaseMemory(uint64_t bytes);
   bool memoryLeft(uint64_t bytes) const;
   void linger(Connection* connection);
+  /// Sends what the lane has, before the loop sleeps.
+  void queueLane(Lane* lane);
+  /// What the kernel is told to say when a lane has an event: connections are their own address.
+  static uint64_t eventOf(const Lane* lane) { return reinterpret_cast<uintptr_t>(lane) | 1; }
 
   static uint64_t nowMicroseconds();
 
@@ -86,6 +93,11 @@ class Loop {
   void takeTurns();
   void settleBarriers();
   void expireLingering();
+  void flushLanes();
+  void expireLanes();
+  void endLane(Lane* lane);
+  template <typename Wanted>
+  void dropLane(Wanted wanted);
   void restBriefly();
   void spin();
   void signal();
@@ -117,6 +129,9 @@ class Loop {
   std::vector<Connection*> turning_;
   std::vector<Connection*> dead_;
   std::vector<Connection*> lingering_;  // have a deadline
+  std::vector<Lane*> lanes_;
+  std::vector<Lane*> queuedLanes_;
+  std::vector<Lane*> flushing_;
   Connection* solo_ = nullptr;  // had the last turns alone
   uint32_t soloTurns_ = 0;
   uint32_t outstanding_ = 0;    // upcalls and engine jobs that will come back

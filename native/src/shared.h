@@ -57,21 +57,23 @@ struct Upcall {
   uint64_t contextMask = 0;
   uint64_t charged = 0;  // payload bytes counted against the limits
   bool piece = false;    // of a write whose payload is still being received: not answered
+  bool half = false;     // made here; whether the other side of a mirror has it is not known (lane.h)
+  bool lane = false;     // came over a peer's lane
   uint32_t session = 0;
   Upcall* next = nullptr;
 };
 
-enum class EventKind : uint8_t { Upcall = 1, Done = 2, SessionEnd = 3 };
+enum class EventKind : uint8_t { Upcall = 1, Done = 2, SessionEnd = 3, LaneEnd = 4 };
 enum class SessionEnd : uint8_t { Disconnect = 0, Hangup = 1, Protocol = 2, Error = 3, Closed = 4 };
 
 struct Event {
   EventKind kind;
   Upcall* upcall = nullptr;  // Upcall
-  double tag = 0;            // Done: which command; SessionEnd: which session
+  double tag = 0;            // Done: which command; SessionEnd, LaneEnd: which one
   double value = 0;          // Done: 1 or 0, SessionEnd: the reason
   IoError error;             // Done
   bool write = false;        // Done: what failed was a write
-  Export* target = nullptr;  // SessionEnd; Done: of a range read, else null
+  Export* target = nullptr;  // SessionEnd, LaneEnd; Done: of a range read, else null
   uint64_t epoch = 0;        // Done of a range read
 };
 

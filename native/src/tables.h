@@ -8,10 +8,14 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
+#include "claims.h"
 #include "counters.h"
 
 namespace nbd {
+
+class Lane;
 
 inline uint32_t loadWord(const uint32_t* at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
 
@@ -35,10 +39,17 @@ struct Export {
   std::unique_ptr<ExportCounters[]> counters;  // one an I/O thread
   std::atomic<uint64_t> fullStripeWrites{0};
 
+  // Mirrors, see lane.h. Both flags change while no direct bit is set and nothing is under way.
+  std::atomic<bool> forwards{false};   // writes go in place with a lane, or not at all
+  std::atomic<bool> lanesOnly{false};  // writes go in place for a peer's lane, and for nobody else
+  std::unique_ptr<Claims> claims;      // there before `forwards`
+  std::vector<Lane*> lanes;            // one an I/O thread, which alone touches it; null where there is none
+
   // The rest belongs to the JavaScript thread.
   uint32_t sessions = 0;
   uint32_t adopted = 0;     // upcalls without a connection that are not completed
   uint32_t rangeReads = 0;  // that have not been reported
+  uint32_t openLanes = 0;
   bool closing = false;
   double closeTag = 0;
 

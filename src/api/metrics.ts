@@ -225,6 +225,8 @@ const VOLUME_COUNTERS = [
   ['errors', 'errors', 'Requests answered with an error.'],
   ['upcalls', 'upcalls', 'Requests that needed a decision.'],
   ['inPlaceWrites', 'in_place_writes', 'Writes that needed no decision.'],
+  ['laneWrites', 'lane_writes', 'Of these, made on both sides of a mirror.'],
+  ['laneBytes', 'lane_bytes', 'Bytes written on both sides of a mirror without a decision.'],
   ['fullStripeWrites', 'full_stripe_writes', 'Stripes written whole, by their first write.'],
 ] as const
 

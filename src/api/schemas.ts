@@ -91,6 +91,8 @@ const exportCounters = object('Since the volume was opened', {
   errors: count('requests answered with an error'),
   upcalls: count('requests that needed a decision'),
   inPlaceWrites: count('writes that needed no decision'),
+  laneWrites: count('of these, made on both sides of a mirror'),
+  laneBytes: count('bytes of these'),
   fullStripeWrites: count('stripes written whole, by their first write'),
 })
 

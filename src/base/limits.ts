@@ -109,6 +109,8 @@ export const LIMITS = {
   generationsKept: 16,
   mirrorsPerVolumeMax: 16,
   mirrorNameBytesMax: 64,
+  /** Connections of a mirror that carry writes of its clients, one for each I/O thread of the primary. */
+  mirrorLanesMax: 64,
   /** Mirrors: what the secondary has received of one mirror and not written yet. */
   mirrorDataWindow: 8 * MiB,
   /** Mirrors: one message of content; a larger copy unit travels in several. */

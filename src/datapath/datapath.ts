@@ -63,6 +63,10 @@ export interface Upcall {
   readonly offset: number // bytes; offset + length <= size was checked
   readonly length: number // bytes; > 0 except for `sync` of a flush
   readonly contexts: readonly number[] // `status`: the wire ids asked for; else empty
+  /** A write that was made here by a lane (Lanes), and is not known to be on the other side. It is to be made again. */
+  readonly half?: boolean
+  /** It came over a peer's lane. */
+  readonly lane?: boolean
 }
 
 /** Wanted by one `status` upcall: extents from `offset` on, in order, without gaps. */
@@ -97,6 +101,8 @@ export interface SessionSpec {
   readonly mode: ReplyMode
   readonly contexts: readonly number[] // wire ids negotiated, empty where none were
   readonly readOnly: boolean
+  /** The other end is a peer's lane: checksummed writes and nothing else, which may go in place where `Lanes.restrict` keeps others out. */
+  readonly lane?: boolean
   readonly onClose: (reason: SessionEnd) => void // exactly once
 }
 export type SessionEnd = 'disconnect' | 'hangup' | 'protocol' | 'error' | 'closed'
@@ -116,6 +122,8 @@ export interface ExportCounters {
   readonly errors: number // requests answered with an error
   readonly upcalls: number
   readonly inPlaceWrites: number // write requests (or pieces) that needed no decision
+  readonly laneWrites: number // of these, written on both sides of a mirror
+  readonly laneBytes: number
   readonly fullStripeWrites: number // stripes written whole by `formatUnit`
 }
 export interface MemberCounters {
@@ -144,8 +152,42 @@ export interface FormatUnit {
   readonly overlays: readonly number[]
 }
 
+/**
+ * Writes on both sides of a mirror without a decision (native/src/lane.h). A lane is a connection to the datapath of the peer, which
+ * serves it as a session (`SessionSpec.lane`).
+ *
+ * Where an export forwards, a write whose direct bits are all 1 is made in place and on the lane at the same time, and answered
+ * when both are done; it counts as a member access until then, so barriers wait for it. Whatever is no case for a lane is an upcall,
+ * as without direct bits. What is on a lane that ends becomes an upcall that says `half`.
+ */
+export interface Lanes {
+  /** Lanes that an export has: one for each I/O thread. */
+  readonly width: number
+  /**
+   * Takes `width` connected sockets without anything unread. `onEnd` is called once, when the first of them has ended, in the turn in
+   * which upcalls of what was on its way arrive, and before these. They may be opened again when all have ended (`dropped`).
+   */
+  open(id: ExportId, sockets: readonly Socket[], onEnd: () => void): void
+  /** Ends them. Resolves when all have: no more upcalls say `half`. */
+  drop(id: ExportId): Promise<void>
+  /** Whether the export's writes go on lanes, or to the policy; never in place alone. Only while no direct bit is set, after a barrier. */
+  forward(id: ExportId, on: boolean): void
+  /** Whether only sessions that are a peer's lanes write in place. Only while no direct bit is set, after a barrier. */
+  restrict(id: ExportId, on: boolean): void
+  /**
+   * Keeps lanes out of what the policy is about to change on both sides, until `release` of the same range.
+   * @returns whether a lane is there already: the policy waits for a barrier
+   */
+  hold(id: ExportId, offset: number, length: number): boolean
+  release(id: ExportId, offset: number, length: number): void
+  /** Takes no more requests of a session; its `onClose` follows when those in flight are answered. */
+  end(session: SessionId): void
+}
+
 export interface Datapath {
   readonly description: DatapathDescription
+  /** Absent where it has none. */
+  readonly lanes?: Lanes
 
   openExport(spec: ExportSpec, handler: ExportHandler): ExportId
   /** Switches to other tables (resize). Resolves when nothing uses the old ones; until then the caller keeps both up to date. */
@@ -157,7 +199,7 @@ export interface Datapath {
   closeExport(id: ExportId): Promise<void>
 
   serve(id: ExportId, session: SessionSpec): SessionId
-  /** Sessions of an export that are still open. */
+  /** Sessions of an export that are still open, without lanes. */
   sessionCount(id: ExportId): number
 
   /** Answers an upcall: 0, or a number of the NBD errno table. Unknown to nobody: each id exactly once. */

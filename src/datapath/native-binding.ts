@@ -67,7 +67,13 @@ export interface Binding {
     mode: number,
     contexts: Words,
     readOnly: boolean,
+    lane: boolean,
   ): void
+  /** Duplicates `fd`. `thread` has no lane for that export. */
+  openLane(handle: NativeHandle, exportId: number, lane: number, thread: number, fd: number): void
+  setLanes(handle: NativeHandle, exportId: number, forwards: boolean, lanesOnly: boolean): void
+  holdBlocks(handle: NativeHandle, exportId: number, offset: number, length: number): boolean
+  releaseBlocks(handle: NativeHandle, exportId: number, offset: number, length: number): void
   submit(handle: NativeHandle, words: Numbers, count: number): void
   completeStatus(handle: NativeHandle, upcallIndex: number, words: Numbers): void
   /** Returns the upcall's index. `kind` as in upcall events; the addon reads `payload` until the upcall is completed. */
@@ -105,14 +111,18 @@ export const COMMAND_WORD = {
   punch: 5,
   barrier: 6,
   closeExport: 7,
+  dropLane: 8,
+  endSession: 9,
 } as const
 
-export const EVENT_WORD = { upcall: 1, done: 2, sessionEnd: 3 } as const
+export const EVENT_WORD = { upcall: 1, done: 2, sessionEnd: 3, laneEnd: 4 } as const
+/** Above the flags of the request. */
+export const UPCALL_FLAG = { half: 1 << 16, lane: 1 << 17 } as const
 export const RECORD_WORDS = 10
-export const EXPORT_COUNTERS = 11
+export const EXPORT_COUNTERS = 13
 export const MEMBER_COUNTERS = 5
 
-const bindingVersion = 2
+const bindingVersion = 3
 
 export type NativeLoad =
   | { readonly ok: true; readonly binding: Binding }

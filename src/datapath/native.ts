@@ -1,3 +1,4 @@
+import type { Socket } from 'node:net'
 import { availableParallelism } from 'node:os'
 import { getSystemErrorName } from 'node:util'
 import { assert } from '../base/assert.ts'
@@ -14,6 +15,7 @@ import type {
   ExportSpec,
   ExportTables,
   FormatUnit,
+  Lanes,
   MemberCounters,
   ReplyMode,
   SessionEnd,
@@ -33,6 +35,7 @@ import {
   MEMBER_COUNTERS,
   type NativeHandle,
   RECORD_WORDS,
+  UPCALL_FLAG,
 } from './native-binding.ts'
 
 export { loadNative } from './native-binding.ts'
@@ -68,6 +71,7 @@ const recordsPerDrain = 1024
 
 export class NativeDatapath implements Datapath {
   readonly description: DatapathDescription
+  readonly lanes: Lanes
 
   readonly #binding: Binding
   readonly #handle: NativeHandle
@@ -135,6 +139,7 @@ export class NativeDatapath implements Datapath {
       },
     )
     const got = binding.describe(this.#handle)
+    this.lanes = this.#lanesOf(got.threads)
     const refused = engine === 'auto' && got.engine === 'threads'
     this.description = {
       kind: 'native',
@@ -205,7 +210,7 @@ export class NativeDatapath implements Datapath {
     if (exported.closing !== null) throw shuttingDown(`export ${exported.spec.name} is being closed`)
     const session: NativeSession = { id: this.#nextSession++, exported, spec }
     this.#sessions.set(session.id, session)
-    exported.sessions++
+    if (spec.lane !== true) exported.sessions++
     const { socket } = spec
     socket.pause()
     if (socket.writableLength === 0) {
@@ -245,6 +250,7 @@ export class NativeDatapath implements Datapath {
       modeNumber[spec.mode],
       Uint32Array.from(spec.contexts),
       spec.readOnly,
+      spec.lane ?? false,
     )
     // Closes Node's descriptor only: the duplicate keeps the connection, which is not shut down.
     socket.destroy()
@@ -253,12 +259,77 @@ export class NativeDatapath implements Datapath {
   #sessionEnded(session: NativeSession, reason: SessionEnd): void {
     if (!this.#sessions.delete(session.id)) return
     session.exported.waiting.delete(session)
-    session.exported.sessions--
+    if (session.spec.lane !== true) session.exported.sessions--
     session.spec.onClose(reason)
   }
 
   sessionCount(id: ExportId): number {
     return this.#export(id).sessions
+  }
+
+  // ------------------------------------------------------------------------------------------- lanes
+
+  readonly #laneSets = new Map<number, LaneSet>() // by lane
+  #nextLane = 1
+
+  #lanesOf(width: number): Lanes {
+    return {
+      width,
+      open: (id, sockets, onEnd) => this.#openLanes(id, sockets, onEnd),
+      drop: (id) => this.#dropLanes(id),
+      forward: (id, on) => {
+        const exported = this.#export(id)
+        exported.forwards = on
+        this.#setLanes(exported)
+      },
+      restrict: (id, on) => {
+        const exported = this.#export(id)
+        exported.lanesOnly = on
+        this.#setLanes(exported)
+      },
+      hold: (id, offset, length) => this.#binding.holdBlocks(this.#handle, id, offset, length),
+      release: (id, offset, length) => this.#binding.releaseBlocks(this.#handle, id, offset, length),
+      end: (session) => this.#put(COMMAND_WORD.endSession, session),
+    }
+  }
+
+  #setLanes({ id, forwards, lanesOnly }: NativeExport): void {
+    this.#binding.setLanes(this.#handle, id, forwards, lanesOnly)
+  }
+
+  #openLanes(id: ExportId, sockets: readonly Socket[], onEnd: () => void): void {
+    const exported = this.#export(id)
+    assert(
+      exported.closing === null && exported.lanes === undefined,
+      'lanes of an export that has some, or is closed',
+    )
+    assert(sockets.length === this.description.threads, 'a lane for each thread')
+    const set = new LaneSet(sockets.length, onEnd, () => {
+      exported.lanes = undefined
+    })
+    exported.lanes = set
+    this.#flush() // what was asked for before belongs before
+    sockets.forEach((socket, thread) => {
+      const lane = this.#nextLane++
+      this.#laneSets.set(lane, set)
+      set.ids.push(lane)
+      const fd = descriptorOf(socket)
+      if (socket.destroyed || fd < 0) {
+        this.#laneSets.delete(lane)
+        queueMicrotask(() => set.ended())
+      } else {
+        this.#binding.openLane(this.#handle, id, lane, thread, fd)
+      }
+      socket.on('error', () => {}) // as in #attach
+      socket.destroy()
+    })
+  }
+
+  async #dropLanes(id: ExportId): Promise<void> {
+    const { lanes } = this.#export(id)
+    if (lanes === undefined) return
+    for (const lane of lanes.ids) this.#put(COMMAND_WORD.dropLane, lane)
+    await lanes.dropped
   }
 
   // ----------------------------------------------------------------------------------------- upcalls
@@ -435,7 +506,8 @@ export class NativeDatapath implements Datapath {
     const n = new Float64Array(EXPORT_COUNTERS)
     this.#binding.exportCounters(this.#handle, this.#export(id).id, n)
     const [reads = 0, readBytes = 0, writes = 0, writeBytes = 0, flushes = 0, trims = 0, zeroes = 0] = n
-    const [errors = 0, upcalls = 0, inPlaceWrites = 0, fullStripeWrites = 0] = n.subarray(7)
+    const [errors = 0, upcalls = 0, inPlaceWrites = 0, laneWrites = 0, laneBytes = 0, fullStripeWrites = 0] =
+      n.subarray(7)
     return {
       reads,
       readBytes,
@@ -447,6 +519,8 @@ export class NativeDatapath implements Datapath {
       errors,
       upcalls,
       inPlaceWrites,
+      laneWrites,
+      laneBytes,
       fullStripeWrites,
     }
   }
@@ -588,6 +662,13 @@ export class NativeDatapath implements Datapath {
         this.#sessionEnded(session, endOf[word(2)] ?? 'error')
         return
       }
+      case EVENT_WORD.laneEnd: {
+        const lane = this.#laneSets.get(word(1))
+        assert(lane !== undefined, 'the end of no lane')
+        this.#laneSets.delete(word(1))
+        lane.ended()
+        return
+      }
       default:
         assert(false, 'an event of no kind')
     }
@@ -604,13 +685,16 @@ export class NativeDatapath implements Datapath {
       assert(session !== undefined, 'an upcall of no session')
       contexts = chosen(session.spec.contexts, records[at + 8] ?? 0, records[at + 9] ?? 0)
     }
+    const flags = records[at + 4] ?? 0
     const upcall: OutstandingUpcall = {
       id: this.#upcallId(index),
       kind,
-      flags: records[at + 4] ?? 0,
+      flags: flags & 0xffff,
       offset: records[at + 5] ?? 0,
       length: records[at + 6] ?? 0,
       contexts,
+      half: (flags & UPCALL_FLAG.half) !== 0,
+      lane: (flags & UPCALL_FLAG.lane) !== 0,
       index,
       exported,
       payload: null,
@@ -643,6 +727,9 @@ class NativeExport {
   sessions = 0
   uses = 0 // commands of the policy on this export that have not ended
   closing: Promise<void> | null = null
+  forwards = false
+  lanesOnly = false
+  lanes: LaneSet | undefined // that have not all ended
   #onIdle: (() => void) | null = null
 
   constructor(id: ExportId, spec: ExportSpec, handler: ExportHandler) {
@@ -663,6 +750,38 @@ class NativeExport {
     await new Promise<void>((resolve) => {
       this.#onIdle = resolve
     })
+  }
+}
+
+/** The lanes of one export. */
+class LaneSet {
+  readonly ids: number[] = []
+  readonly dropped: Promise<void>
+  #resolve: () => void = () => undefined
+  #left: number
+  #onEnd: (() => void) | undefined
+  readonly #onDropped: () => void
+
+  constructor(count: number, onEnd: () => void, onDropped: () => void) {
+    this.#left = count
+    this.#onEnd = onEnd
+    this.#onDropped = onDropped
+    this.dropped = new Promise((resolve) => {
+      this.#resolve = resolve
+    })
+  }
+
+  /** One of them. */
+  ended(): void {
+    const onEnd = this.#onEnd
+    this.#onEnd = undefined
+    this.#left--
+    assert(this.#left >= 0, 'a lane ends twice')
+    if (this.#left === 0) {
+      this.#onDropped()
+      this.#resolve()
+    }
+    onEnd?.()
   }
 }
 

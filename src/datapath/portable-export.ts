@@ -24,6 +24,8 @@ export interface ExportCounts {
   errors: number
   upcalls: number
   inPlaceWrites: number
+  laneWrites: number
+  laneBytes: number
   fullStripeWrites: number
 }
 
@@ -44,6 +46,8 @@ export class PortableExport {
     errors: 0,
     upcalls: 0,
     inPlaceWrites: 0,
+    laneWrites: 0,
+    laneBytes: 0,
     fullStripeWrites: 0,
   }
   readonly connections = new Set<PortableConnection>()

@@ -9,6 +9,7 @@
  * Attempts come with growing, jittered delays. What only an operator can settle (a key, a version, a pin that does not match) is
  * tried again rarely, and at once after `retryNow`. Each session is a new one: see session.ts for what that means for its users.
  */
+import { Socket } from 'node:net'
 import { assert } from '../base/assert.ts'
 import { type Clock, systemClock } from '../base/clock.ts'
 import { LIMITS } from '../base/limits.ts'
@@ -20,6 +21,7 @@ import { ClientHandshake, type Party, type ProvenPeer } from './handshake.ts'
 import { greetOptionsOf, type LinkLog, type LinkOptions, logOf, partyOf } from './options.ts'
 import { checkPin } from './peers.ts'
 import { describePeer, Session } from './session.ts'
+import { type SideWires, sayToken } from './side-wires.ts'
 import { dial, type Wire } from './transport.ts'
 
 export interface LinkClientOptions extends LinkOptions {
@@ -183,12 +185,28 @@ export class LinkClient {
     )
   }
 
+  /** Over TLS, and where streams come from elsewhere, there are none. */
+  #sideWires(): SideWires | undefined {
+    const { host, port, security, dial: other } = this.#options
+    if (security.tls !== undefined || other !== undefined) return undefined
+    const timeoutMs = this.#options.handshakeMs ?? LIMITS.handshakeMsMax
+    return {
+      side: 'dials',
+      dial: async (token) => {
+        const { stream } = await dial(host, port, security, timeoutMs, this.#abort.signal)
+        assert(stream instanceof Socket, 'plain TCP')
+        await sayToken(stream, token)
+        return stream
+      },
+    }
+  }
+
   #begin(greeted: readonly Greeted[]): void {
     const [first] = greeted
     assert(first !== undefined, 'a session has a connection')
     greeted = [...greeted].sort((a, b) => a.agreement.connection - b.agreement.connection)
     const connections = greeted.map(({ connection }) => connection)
-    const session = new Session('client', connections, first.agreement)
+    const session = new Session('client', connections, first.agreement, this.#sideWires())
     connections[0]?.send(KIND.ready)
     this.#session = session
     this.#enter('connected')

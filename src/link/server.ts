@@ -12,6 +12,7 @@
  *    purpose there is one session. The old one has ended before the new one is handed out.
  */
 import { randomBytes } from 'node:crypto'
+import { Socket } from 'node:net'
 import type { Duplex } from 'node:stream'
 import { assert } from '../base/assert.ts'
 import { systemClock } from '../base/clock.ts'
@@ -25,6 +26,7 @@ import { decodeReason } from './hello.ts'
 import { greetOptionsOf, type LinkLog, type LinkOptions, logOf, partyOf } from './options.ts'
 import { checkPin } from './peers.ts'
 import { describePeer, Session } from './session.ts'
+import { SideDoor, type SideWires } from './side-wires.ts'
 import { listenForWires, type Wire, type WireServer } from './transport.ts'
 
 export interface LinkServerOptions extends LinkOptions {
@@ -50,6 +52,7 @@ export class LinkServer {
   readonly #sessions = new Set<Session>()
   readonly #gatherings = new Map<string, Gathering>()
   readonly #greeting = new Set<Duplex>()
+  readonly #door: SideDoor
   #wires: WireServer | undefined
   #closed = false
 
@@ -68,6 +71,7 @@ export class LinkServer {
     this.#options = options
     this.#party = partyOf(options)
     this.#log = logOf(options)
+    this.#door = new SideDoor(options.handshakeMs)
   }
 
   /** Where it listens. */
@@ -97,19 +101,41 @@ export class LinkServer {
     }
     this.#greeting.add(stream)
     stream.once('close', () => this.#greeting.delete(stream))
+    if (!this.#plain || !(stream instanceof Socket)) {
+      this.#greet(wire)
+      return
+    }
+    stream.on('error', () => undefined)
+    this.#door.take(stream).then(
+      (taken) => {
+        if (taken) this.#greeting.delete(stream)
+        else this.#greet(wire)
+      },
+      (error: unknown) => this.#refused(address, error),
+    )
+  }
+
+  get #plain(): boolean {
+    return this.#options.security.tls === undefined
+  }
+
+  #greet(wire: Wire): void {
+    const { stream, address } = wire
     const handshake = new ServerHandshake(this.#party, wire.binding)
     greetClient(stream, handshake, (applicant) => this.#judge(applicant), greetOptionsOf(this.#options)).then(
       ({ connection, agreement }) => {
         this.#greeting.delete(stream)
         this.#gather(connection, agreement)
       },
-      (error: unknown) => {
-        if (!(error instanceof LinkError)) throw error
-        this.#log.warn(
-          { address, code: error.code, err: error.cause },
-          `link: no session with ${address}: ${error.message}`,
-        )
-      },
+      (error: unknown) => this.#refused(address, error),
+    )
+  }
+
+  #refused(address: string, error: unknown): void {
+    if (!(error instanceof LinkError)) throw error
+    this.#log.warn(
+      { address, code: error.code, err: error.cause },
+      `link: no session with ${address}: ${error.message}`,
     )
   }
 
@@ -201,7 +227,8 @@ export class LinkServer {
     gathering.cancelTimer()
     this.#gatherings.delete(id)
     connection.pause()
-    this.#begin(new Session('server', connections, agreement))
+    const sideWires: SideWires = { side: 'listens', expect: () => this.#door.expect() }
+    this.#begin(new Session('server', connections, agreement, this.#plain ? sideWires : undefined))
   }
 
   #begin(session: Session): void {

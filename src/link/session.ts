@@ -19,6 +19,7 @@ import { LinkError, peerText } from './errors.ts'
 import { type Frame, KIND, type Kind, SESSION_PHASE } from './frame.ts'
 import type { Agreement, ProvenPeer } from './handshake.ts'
 import { decodeReason, encodeReason, Fields } from './hello.ts'
+import type { SideWires } from './side-wires.ts'
 
 /** A channel that the peer wants to open. It is answered once, now or later; no message comes before. */
 export interface ChannelOffer {
@@ -53,6 +54,8 @@ export class Session implements ChannelCarrier {
   readonly peer: ProvenPeer
   readonly purpose: string
   readonly capabilities: ReadonlySet<string> // those that both sides have
+  /** Of a session over plain TCP. */
+  readonly sideWires: SideWires | undefined
   readonly #connections: readonly Connection[]
   readonly #own: 0 | 1 // the parity of the channels that this side opens
   readonly #channels = new Map<number, Channel>()
@@ -73,7 +76,12 @@ export class Session implements ChannelCarrier {
   })
 
   /** @param connections all that the session will have, in order, each paused */
-  constructor(side: 'client' | 'server', connections: readonly Connection[], agreement: Agreement) {
+  constructor(
+    side: 'client' | 'server',
+    connections: readonly Connection[],
+    agreement: Agreement,
+    sideWires?: SideWires,
+  ) {
     assert(connections.length === agreement.connections, 'all connections stand')
     this.#connections = connections
     this.#own = side === 'client' ? 1 : 0
@@ -81,6 +89,7 @@ export class Session implements ChannelCarrier {
     this.id = agreement.session
     this.peer = agreement.peer
     this.purpose = agreement.purpose
+    this.sideWires = sideWires
     this.capabilities = agreement.capabilities
     connections.forEach((connection, index) => {
       const handler = {

@@ -1,19 +1,24 @@
+import type { Socket } from 'node:net'
 import { assert } from '../base/assert.ts'
 import { LIMITS } from '../base/limits.ts'
 import type { Channel, Message } from '../link/channel.ts'
 import { LinkError, PeerError } from '../link/errors.ts'
 import type { Session } from '../link/session.ts'
 import { NBD_ERRNO } from '../nbd/errno.ts'
+import { allSockets } from './lane-sockets.ts'
 import {
   CHANNELS,
   encodeOperations,
   encodeRanges,
   json,
+  LANES_CAPABILITY,
+  type LanesMessage,
   MESSAGE,
   NO_MORE,
   type OperationHead,
   putHeader,
   readEnds,
+  readLanes,
   readPage,
   readRemoteHello,
 } from './protocol.ts'
@@ -142,6 +147,28 @@ export class LinkRemote implements Remote {
 
   async flush(): Promise<void> {
     await this.#ask(this.#control, MESSAGE.flush, json({}))
+  }
+
+  async lanes(count: number): Promise<readonly Socket[]> {
+    const { sideWires, capabilities } = this.#session
+    if (count === 0 || sideWires === undefined || !capabilities.has(LANES_CAPABILITY)) return []
+    const ask = async (tokens: readonly string[]): Promise<LanesMessage> =>
+      readLanes((await this.#ask(this.#control, MESSAGE.lanes, json({ count, tokens }))).payload)
+    if (sideWires.side === 'dials') {
+      const { tokens } = await ask([])
+      return this.#connected(tokens.map((token) => sideWires.dial(token)))
+    }
+    const expected = Array.from({ length: count }, () => sideWires.expect())
+    const reply = await ask(expected.map(({ token }) => token))
+    return reply.count === count ? this.#connected(expected.map(({ socket }) => socket)) : []
+  }
+
+  async #connected(dialling: readonly Promise<Socket>[]): Promise<readonly Socket[]> {
+    try {
+      return await allSockets(dialling)
+    } catch (error) {
+      throw remoteError(error)
+    }
   }
 
   async fence(): Promise<void> {

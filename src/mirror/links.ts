@@ -25,6 +25,8 @@ export interface LinksOptions {
   readonly log: LinkLog
   /** TCP connections of a session that this side dials. */
   readonly connections?: number
+  /** What this side can beside mirrors themselves. */
+  readonly capabilities?: readonly string[]
   /** @param address that this side dialled; undefined: the peer did */
   onSession(session: Session, address: string | undefined): void
   /** In the place of files and sockets: a simulation's. */
@@ -64,7 +66,10 @@ export class Links {
       software,
       security: await openSecurity(options.security),
       peers: world?.peers ?? (await FilePeers.open(join(directory, 'peers.json'))),
-      capabilities: [{ name: 'mirror-1', required: true }],
+      capabilities: [
+        { name: 'mirror-1', required: true },
+        ...(options.capabilities ?? []).map((name) => ({ name, required: false })),
+      ],
       log,
     }
     return new Links(options, link)

@@ -14,7 +14,7 @@ import type { Volume } from '../volume/volume.ts'
 import { type AskKind, answerAsk, ask } from './asks.ts'
 import { Links, type LinkWorld } from './links.ts'
 import { NbdTargets, parseNbdTarget } from './nbd-targets.ts'
-import { CHANNELS } from './protocol.ts'
+import { CHANNELS, LANES_CAPABILITY } from './protocol.ts'
 import { Relation, type RelationHost } from './relation.ts'
 import type {
   CopyExtent,
@@ -293,7 +293,7 @@ export class Mirrors implements MirrorControl {
       offer.refuse('there is no such mirror here any more: remove it there, too, and add it again')
       return
     }
-    if (offer.name === CHANNELS.control) relation.serve(offer.accept())
+    if (offer.name === CHANNELS.control) relation.serve(offer.accept(), session)
     else if (offer.name === CHANNELS.data)
       relation.serveData(offer.accept({ window: LIMITS.mirrorDataWindow }))
     else offer.refuse(`this daemon knows no channel ${offer.name}`)
@@ -476,6 +476,7 @@ export class Mirrors implements MirrorControl {
       security: link,
       software,
       log,
+      capabilities: (pool.datapath.lanes?.width ?? 0) > 0 ? [LANES_CAPABILITY] : [],
       ...(connections === undefined ? {} : { connections }),
       ...(world === undefined ? {} : { world }),
       onSession: (session, address) => this.#onSession(session, address),

@@ -13,6 +13,7 @@ import type { CopyBits } from './copy-bits.ts'
 import { Counters } from './counters.ts'
 import { Forwarder } from './forwarder.ts'
 import { judge } from './judge.ts'
+import { LaneUse } from './lane-use.ts'
 import { Progress } from './progress.ts'
 import { type CommitInfo, type PrimaryHello, type Remote, RemoteError, type RemoteHello } from './remote.ts'
 import { Saves } from './saves.ts'
@@ -68,6 +69,7 @@ export class Primary implements ChangeWatcher {
   readonly #limit: RateLimit
   readonly #saves: Saves
   readonly #forwarder: Forwarder
+  readonly #laneUse: LaneUse
   #sender: Sender | undefined
   #remote: Remote | undefined
   #hello: RemoteHello | undefined
@@ -99,6 +101,7 @@ export class Primary implements ChangeWatcher {
     })
     this.#limit = new RateLimit(record.rate ?? undefined)
     this.#saves = new Saves(host.volume.scratch())
+    this.#laneUse = new LaneUse(host.volume)
     this.#forwarder = new Forwarder(host.volume, {
       changed: (offset, length) => this.#notes.changeRange(offset, length),
       refused: (reason) => this.#remoteRefused(reason),
@@ -134,7 +137,7 @@ export class Primary implements ChangeWatcher {
   }
 
   mayOpen(unit: number): boolean {
-    if (this.forwards) return false
+    if (this.forwards) return this.#laneUse.open
     const copyUnit = this.#unitOf(unit)
     return this.bits.isCurrent(copyUnit) && (this.#sender === undefined || !this.bits.isSending(copyUnit))
   }
@@ -511,13 +514,18 @@ export class Primary implements ChangeWatcher {
   async #sync(remote: Remote): Promise<void> {
     if (this.states.state === 'negotiating') this.#enter('copying')
     let patience: number = LIMITS.mirrorLastStepMs
-    for (let pass = 0; ; pass++) {
-      if (pass < PASSES_MAX && this.#notes.behind > LIMITS.mirrorLastStepBytes) {
-        await this.#cycle(remote, 'copying')
-        continue
+    try {
+      for (let pass = 0; ; pass++) {
+        if (pass < PASSES_MAX && this.#notes.behind > LIMITS.mirrorLastStepBytes) {
+          await this.#cycle(remote, 'copying')
+          continue
+        }
+        await this.#laneUse.prepare(remote)
+        if (await this.#lastStep(remote, patience)) break
+        patience *= 2
       }
-      if (await this.#lastStep(remote, patience)) break
-      patience *= 2
+    } finally {
+      this.#laneUse.forget()
     }
     this.#progress.end()
     this.#throwIfInterrupted()
@@ -545,6 +553,7 @@ export class Primary implements ChangeWatcher {
         await this.#commit(remote, { consistent: true, follow: true })
         assert(this.bits.total === 0, 'both sides are equal')
         this.#forwarder.follow(remote)
+        this.#laneUse.begin(() => this.#laneLost(remote))
       } catch (error) {
         if (!late) throw error
         this.#breakCycle(true)
@@ -702,10 +711,17 @@ export class Primary implements ChangeWatcher {
     if (!keepStaged) this.#stageToken = ''
   }
 
+  /** In the turn in which it is noticed, before what was on its way comes back: from here on that is noted. */
+  #laneLost(remote: Remote): void {
+    this.#lost(remote, new RemoteError('lost', 'a connection that carries writes is lost'))
+    remote.close('a connection that carries writes is lost')
+  }
+
   #stopFollowing(): void {
     if (!this.#forwarder.following) return
     this.#forwarder.stop(this.#blocks)
-    this.counters.forwarded = this.#forwarder.count
+    this.#laneUse.end()
+    this.counters.forwarded = this.forwardedCount()
   }
 
   #remoteRefused(reason: string): void {
@@ -791,11 +807,11 @@ export class Primary implements ChangeWatcher {
   }
 
   wireBytes(): number {
-    return this.#wireBytes + (this.#remote?.wireBytes() ?? 0)
+    return this.#wireBytes + (this.#remote?.wireBytes() ?? 0) + this.#laneUse.wireBytes()
   }
 
   forwardedCount(): number {
-    return this.#forwarder.count
+    return this.#forwarder.count + this.#laneUse.writes()
   }
 
   #generation(): GenerationRecord {

@@ -13,6 +13,9 @@ import type { CommitInfo, PrimaryHello, RemoteHello, RemoteOperation } from './r
  *
  * Codecs only; every decoder @throws LinkError BAD_FRAME.
  */
+/** What both sides need for lanes, beside a session over plain TCP. */
+export const LANES_CAPABILITY = 'mirror-lanes-1'
+
 export const CHANNELS = { control: 'mirror', data: 'mirror-data', ask: 'mirror-ask' } as const
 
 export const MESSAGE = {
@@ -24,6 +27,7 @@ export const MESSAGE = {
   operations: 6, // to the secondary
   ends: 7, // of operations, to the primary
   fence: 8,
+  lanes: 9, // the secondary gets ready for connections that carry writes (datapath.ts, Lanes)
   put: 16,
   hole: 17,
   signatures: 18,
@@ -107,6 +111,27 @@ export function readCommit(payload: Buffer): CommitInfo {
     generation: readGeneration(fields.value('generation'), 'commit'),
     size: fields.integer('size', 1, SIZE_MAX),
     follow: flag(fields, 'follow'),
+  }
+}
+
+/**
+ * Lanes: `count` connections. Where the primary dials, the reply has tokens for them; where it listens, the request has, and the reply
+ * says that all have been dialled.
+ */
+export interface LanesMessage {
+  readonly count: number
+  readonly tokens: readonly string[]
+}
+
+export function readLanes(payload: Buffer): LanesMessage {
+  const fields = new Fields(payload, 'lanes')
+  return {
+    count: fields.integer('count', 0, LIMITS.mirrorLanesMax),
+    tokens: fields.list('tokens', LIMITS.mirrorLanesMax, (token) => {
+      if (typeof token !== 'string' || !/^[0-9a-f]{64}$/.test(token))
+        throw new LinkError('BAD_FRAME', 'lanes: a token')
+      return token
+    }),
   }
 }
 

@@ -157,8 +157,8 @@ export class Relation {
     this.#primary?.attach(remote)
   }
 
-  serve(control: Channel): void {
-    this.#secondary.serve(control)
+  serve(control: Channel, session: Session): void {
+    this.#secondary.serve(control, session.sideWires)
     control.ended.then((reason) => {
       if (this.isPrimary || this.#secondary.connected || this.#secondaryStates.state === 'promoted') return
       this.#secondaryStates.follow(this.record.initialized ? 'degraded' : 'connecting', reason.message)

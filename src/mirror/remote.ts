@@ -1,3 +1,4 @@
+import type { Socket } from 'node:net'
 import type { GenerationRecord } from '../metadata/records.ts'
 
 /**
@@ -79,6 +80,11 @@ export interface Remote {
   /** Operations that were not sent yet are not sent: their payloads are about to be gone. */
   abandon(): void
   flush(): Promise<void>
+  /**
+   * Connections for `count` lanes, which the other side serves from the commit on that says `follow`; empty where there can be none.
+   * Whoever does not use them destroys them.
+   */
+  lanes(count: number): Promise<readonly Socket[]>
   /** Resolves when every operation that was sent before is done there. */
   fence(): Promise<void>
   /** The mirror's state here, for people there. */

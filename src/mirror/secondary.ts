@@ -1,4 +1,5 @@
 import { randomUUID } from 'node:crypto'
+import type { Socket } from 'node:net'
 import { assert } from '../base/assert.ts'
 import { Bitmap } from '../base/bitmap.ts'
 import { StoreError, UserError } from '../base/errors.ts'
@@ -7,18 +8,22 @@ import { Mutex } from '../base/locks.ts'
 import type { Channel, Message } from '../link/channel.ts'
 import { LinkError } from '../link/errors.ts'
 import { Fields } from '../link/hello.ts'
+import type { SideWires } from '../link/side-wires.ts'
 import type { MirrorRecord } from '../metadata/records.ts'
 import { NBD_ERRNO } from '../nbd/errno.ts'
 import type { MirrorBook, StoredMirror } from '../volume/mirror-book.ts'
 import type { Stage } from '../volume/stage.ts'
 import type { Volume } from '../volume/volume.ts'
+import { allSockets } from './lane-sockets.ts'
 import {
   encodeEnds,
   encodePage,
   json,
+  type LanesMessage,
   MESSAGE,
   NO_MORE,
   readCommit,
+  readLanes,
   readOperations,
   readPrimaryHello,
   readPut,
@@ -75,6 +80,9 @@ export class Secondary {
   #puts = 0
   #putsDone: (() => void)[] = []
   readonly #commits = new Mutex()
+  #sideWires: SideWires | undefined
+  /** Connections for lanes, before they are served. */
+  #lanes: Promise<readonly Socket[]> | undefined
 
   constructor(host: SecondaryHost) {
     this.#host = host
@@ -91,9 +99,11 @@ export class Secondary {
   }
 
   /** A session of the primary; an earlier one has ended, or is over now. */
-  serve(control: Channel): void {
+  serve(control: Channel, sideWires?: SideWires): void {
     this.#control?.close('the primary came back in another session')
+    this.#endLanes()
     this.#control = control
+    this.#sideWires = sideWires
     this.#following = false
     this.#assemblies.clear()
     this.#assemblyBytes = 0
@@ -102,6 +112,7 @@ export class Secondary {
       if (this.#control !== control) return
       this.#control = undefined
       this.#following = false
+      this.#endLanes()
     })
   }
 
@@ -115,6 +126,7 @@ export class Secondary {
     this.#control?.close(reason)
     this.#control = undefined
     this.#following = false
+    this.#endLanes()
     await this.#allIdle()
     this.#stage?.drop()
     this.#stage = undefined
@@ -135,10 +147,16 @@ export class Secondary {
         return this.#confirm(control, message, async () => {
           await this.#commit({ ...readCommit(message.payload), follow: false })
           this.#following = false
+          this.#endLanes()
+          await this.#host.volume.lanes.closed()
           this.#host.onHandOver()
         })
       case MESSAGE.flush:
         return this.#confirm(control, message, () => this.#host.volume.flush())
+      case MESSAGE.lanes:
+        return this.#answer(control, message, async () =>
+          json(await this.#prepareLanes(readLanes(message.payload))),
+        )
       case MESSAGE.fence:
         return this.#confirm(control, message, () => this.#operationsIdle())
       case MESSAGE.state: {
@@ -206,6 +224,7 @@ export class Secondary {
   async #meet(hello: PrimaryHello): Promise<RemoteHello> {
     const { volume, stored } = this.#host
     this.#hello = hello
+    this.#endLanes()
     await this.#allIdle() // of the time when the sides were equal, and of earlier sessions
     this.#following = false
     this.#assemblies.clear()
@@ -328,6 +347,7 @@ export class Secondary {
   async #allIdle(): Promise<void> {
     while (this.#operations > 0 || this.#puts > 0 || this.#commits.locked) {
       await this.#operationsIdle()
+      await this.#host.volume.lanes.closed()
       while (this.#puts > 0) await new Promise<void>((resolve) => this.#putsDone.push(resolve))
       await this.#commits.run(() => {})
     }
@@ -367,11 +387,61 @@ export class Secondary {
       this.#stage = undefined
       this.#stageToken = ''
       this.#following = true
+      await this.#serveLanes()
     }
     this.#host.onCommit(info, bytes)
   }
 
   // ---- following
+
+  /** The primary wants lanes. What it gets carries nothing before a commit says that the sides are equal. */
+  async #prepareLanes({ count, tokens }: LanesMessage): Promise<LanesMessage> {
+    const none = { count: 0, tokens: [] }
+    const sideWires = this.#sideWires
+    if (this.#host.volume.lanes.width === 0 || sideWires === undefined || count === 0) return none
+    this.#endLanes()
+    const control = this.#control
+    if (sideWires.side === 'listens') {
+      const expected = Array.from({ length: count }, () => sideWires.expect())
+      this.#lanes = allSockets(expected.map(({ socket }) => socket))
+      this.#lanes.catch(() => {}) // told by who waits for it
+      return { count, tokens: expected.map(({ token }) => token) }
+    }
+    const sockets = await allSockets(tokens.slice(0, count).map((token) => sideWires.dial(token)))
+    if (this.#control !== control) {
+      for (const socket of sockets) socket.destroy()
+      return none
+    }
+    this.#lanes = Promise.resolve(sockets)
+    return { count: sockets.length, tokens: [] }
+  }
+
+  async #serveLanes(): Promise<void> {
+    const lanes = this.#lanes
+    this.#lanes = undefined
+    if (lanes === undefined) return
+    const control = this.#control
+    const { volume } = this.#host
+    // The primary does without, and learns so from their end, where they did not come.
+    const sockets = await lanes.catch(() => [])
+    await volume.lanes.settle()
+    const wanted = this.#control === control && this.#following && volume.lanes.none
+    if (wanted && sockets.length > 0) volume.lanes.serve(sockets)
+    else for (const socket of sockets) socket.destroy()
+  }
+
+  /** In the turn in which the sides part. `lanes.closed()` resolves when nothing comes from them any more. */
+  #endLanes(): void {
+    const lanes = this.#lanes
+    this.#lanes = undefined
+    lanes?.then(
+      (sockets) => {
+        for (const socket of sockets) socket.destroy()
+      },
+      () => {},
+    )
+    void this.#host.volume.lanes.close()
+  }
 
   #operate(control: Channel, payload: Buffer): Promise<void> {
     if (!this.#following) throw new LinkError('BAD_FRAME', 'an operation comes before the sides are equal')

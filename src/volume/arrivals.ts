@@ -9,6 +9,8 @@ import { type Entry, Overlaps } from './overlaps.ts'
  *   waiting   where somebody else does every request, too: behind those before them that they overlap with
  */
 export interface ArrivalHost {
+  /** Keeps others than the policy from doing what overlaps with the request. @returns what it has to wait for first */
+  claim(upcall: Upcall): Promise<void> | undefined
   /** The request begins; `leave` follows when it is answered. */
   begin(upcall: Upcall, entry: Entry | undefined): void
   /** Whether requests that overlap have to keep their order. Changes only while nothing begins. */
@@ -76,6 +78,14 @@ export class Arrivals {
       if (own.blockers > 0) return
       entry = own
     }
-    this.#host.begin(upcall, entry)
+    const wait = entry === undefined ? undefined : this.#host.claim(upcall)
+    if (wait === undefined) {
+      this.#host.begin(upcall, entry)
+      return
+    }
+    wait.then(() => {
+      this.#enter({ upcall, entry })
+      this.#host.begun()
+    })
   }
 }

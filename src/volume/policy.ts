@@ -4,7 +4,9 @@ import type { Datapath, ExportHandler, ExportId, StatusResult, Upcall } from '..
 import type { Change } from '../metadata/journal.ts'
 import { ERRNO_OF, NBD_ERRNO } from '../nbd/errno.ts'
 import { Arrivals } from './arrivals.ts'
+import type { Region } from './hot-set.ts'
 import type { IntentsTarget, VolumeIntents } from './intents.ts'
+import { VolumeLanes } from './lanes.ts'
 import { Merger } from './merger.ts'
 import type { Entry } from './overlaps.ts'
 import type { FreedRun } from './reclaimer.ts'
@@ -40,6 +42,8 @@ import { type Work, Works } from './works.ts'
  *
  * Where a mirror takes part in every request (`ChangeWatcher.forward`), requests that overlap are done one after the other, and each
  * is answered when both sides have it.
+ *
+ * Where such a mirror has lanes (lanes.ts), a direct bit stands for both sides, and the policy sees what no lane can take.
  *
  * `quiesce` finds a moment in which no request is under way: new ones are held, direct bits are cleared, in-place writes and
  * requests that were begun are waited for. Reads go on.
@@ -93,7 +97,11 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
   #mergesPlanned = false
   #mergesDue = false
   readonly #watchers = new Watchers()
+  readonly lanes: VolumeLanes
+  /** Upcalls that say `half`, with the regions they keep hot. */
+  readonly #halves = new Map<number, readonly Region[]>()
   readonly #arrivals = new Arrivals({
+    claim: (upcall) => this.lanes.claim(upcall),
     begin: (upcall, entry) => this.#begin(upcall, entry),
     keepsOrder: () => this.#watchers.forwards,
     begun: () => this.#merger.start(),
@@ -107,6 +115,11 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
     this.#tables = tables
     this.#end = tables.size
     tables.guardDirect((unit) => this.#mayOpen(unit))
+    this.lanes = new VolumeLanes({
+      datapath: host.datapath,
+      exportId: () => this.#exportId,
+      clearDirect: () => this.#tables.clearDirectUnits(0, this.#tables.unitCount),
+    })
     this.#merger = new Merger(
       host,
       {
@@ -209,6 +222,7 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
         case 'write':
         case 'trim':
         case 'zero':
+          if (upcall.half === true) this.#takeHalf(upcall)
           this.#arrivals.arrive(upcall)
           break
         default:
@@ -312,6 +326,24 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
 
   // ---- requests ----------------------------------------------------------------------------------------
 
+  /**
+   * Crash rule: what a lane has changed here, and perhaps not over there, is noted in the turn in which it comes back, and its region stays
+   * hot. It was hot when the lane wrote, and the barrier that a region cools after resolves later than this.
+   */
+  #takeHalf(upcall: Upcall): void {
+    const regions: Region[] = []
+    for (
+      let unit = this.#unitAt(upcall.offset);
+      unit <= this.#unitAt(upcall.offset + upcall.length - 1);
+      unit++
+    ) {
+      const region = this.#intents?.tryPin(unit)
+      if (region !== undefined) regions.push(region)
+    }
+    this.#halves.set(upcall.id, regions)
+    this.#watchers.failedHere(upcall)
+  }
+
   #begin(upcall: Upcall, entry: Entry | undefined): void {
     const errno = this.#objectionTo(upcall)
     if (errno !== 0) this.#finishRequest(upcall, entry, errno)
@@ -321,7 +353,7 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
 
   #objectionTo(upcall: Upcall): number {
     if (this.#refusing) return NBD_ERRNO.EIO
-    if (!this.#clientsWrite && !this.#own.has(upcall.id)) return NBD_ERRNO.EPERM
+    if (!this.#clientsWrite && upcall.lane !== true && !this.#own.has(upcall.id)) return NBD_ERRNO.EPERM
     // The volume shrank after the datapath had checked the range.
     return this.#reachesPast(upcall) ? errnoPastEnd(upcall) : 0
   }
@@ -529,7 +561,8 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
   }
 
   #mayOpen(unit: number): boolean {
-    if (this.#refusing || !this.#clientsWrite || this.#arrivals.holding) return false
+    if (this.#refusing || this.#arrivals.holding) return false
+    if (!this.#clientsWrite && !this.lanes.serving) return false
     return this.#intents?.isHot(unit) !== false && this.#watchers.mayOpen(unit)
   }
 
@@ -616,6 +649,12 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
 
   #finishRequest(upcall: Upcall, entry: Entry | undefined, errno: number): void {
     this.#complete(upcall.id, errno)
+    this.lanes.leave(upcall)
+    const regions = this.#halves.get(upcall.id)
+    if (regions !== undefined) {
+      this.#halves.delete(upcall.id)
+      for (const region of regions) region.owner.unpin(region)
+    }
     this.#arrivals.leave(entry)
   }
 

@@ -8,6 +8,7 @@ import type { SlotRun, VolumeRecord } from '../metadata/records.ts'
 import type { Commit } from '../metadata/store.ts'
 import { Formatter, type FormatterInfo } from './formatter.ts'
 import { newIntents, OPERATOR, VolumeIntents } from './intents.ts'
+import type { VolumeLanes } from './lanes.ts'
 import { VolumePolicy } from './policy.ts'
 import { checkVolumeSize, grow, type ResizedVolume, shrink, slotsOf } from './resize.ts'
 import { Stage } from './stage.ts'
@@ -256,6 +257,11 @@ export class Volume {
   /** Runs `action` while no request is under way and nothing is written in place: a point in time. Requests wait, reads do not. */
   quiesce<T>(action: () => T | Promise<T>): Promise<T> {
     return this.#change(() => this.#policy.quiesce(action))
+  }
+
+  /** Ways for writes to both sides of a mirror. */
+  get lanes(): VolumeLanes {
+    return this.#policy.lanes
   }
 
   /** Changes content as a client's request would, also where clients may not. @returns errno (NBD) */
@@ -569,6 +575,7 @@ export class Volume {
     return this.#change(async () => {
       this.#closed = true
       await this.#formatter.stop()
+      await this.#policy.lanes.shut()
       await this.#host.datapath.closeExport(this.exportId)
       this.#policy.close()
       this.#intents?.drop() // what the disk says of them is for whoever closes the volume

@@ -1,0 +1,202 @@
+#include "lane.h"
+
+#include <errno.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "assert.h"
+#include "connection.h"
+#include "loop.h"
+
+namespace nbd {
+
+namespace {
+
+constexpr int kSendParts = 64;  // two an operation
+
+}  // namespace
+
+Lane::Lane(Loop& loop, Export& target, int fd, uint32_t id) : loop_(loop), target_(target), fd_(fd), id_(id) {}
+
+Lane::~Lane() {
+  NBD_ASSERT(inFlight_ == 0);
+  if (fd_ >= 0) ::close(fd_);
+}
+
+bool Lane::attach() {
+  epoll_event event{};
+  event.events = EPOLLIN | EPOLLRDHUP;
+  event.data.u64 = loop_.eventOf(this);
+  return epoll_ctl(loop_.epollFd(), EPOLL_CTL_ADD, fd_, &event) == 0;
+}
+
+void Lane::wantWritable(bool wanted) {
+  if (writableWanted_ == wanted) return;
+  writableWanted_ = wanted;
+  epoll_event event{};
+  event.events = EPOLLIN | EPOLLRDHUP | (wanted ? static_cast<uint32_t>(EPOLLOUT) : 0);
+  event.data.u64 = loop_.eventOf(this);
+  NBD_ASSERT(epoll_ctl(loop_.epollFd(), EPOLL_CTL_MOD, fd_, &event) == 0);
+}
+
+// --- to the peer ---------------------------------------------------------------------------------------------------
+
+void Lane::begin(Upcall* call, uint64_t epoch) {
+  NBD_ASSERT(!full() && call->length <= kLaneBytesMax);
+  uint16_t place;
+  if (free_.empty()) {
+    place = static_cast<uint16_t>(ops_.size());
+    ops_.emplace_back();
+  } else {
+    place = free_.back();
+    free_.pop_back();
+  }
+  Op& op = ops_[place];
+  const uint32_t low = uint32_t{++serial_} << 16 | place;
+  const uint32_t sum = laneChecksum(0, low, call->offset, call->length, call->payload->data());
+  op.call = call;
+  op.epoch = epoch;
+  op.sent = false;
+  op.cookie = uint64_t{sum} << 32 | low;
+  uint8_t* at = put32(op.header, kRequestMagic);
+  at = put16(at, 0);
+  at = put16(at, kWrite);
+  at = put64(at, op.cookie);
+  at = put64(at, call->offset);
+  put32(at, static_cast<uint32_t>(call->length));
+  if (inFlight_++ == 0) movedAt_ = Loop::nowMicroseconds();
+  toSend_.push_back(place);
+  loop_.queueLane(this);
+}
+
+bool Lane::flush() {
+  while (toSendAt_ < toSend_.size()) {
+    iovec parts[kSendParts];
+    int count = 0;
+    uint64_t skip = sentBytes_;
+    for (size_t i = toSendAt_; i < toSend_.size() && count + 2 <= kSendParts; i++) {
+      Op& op = ops_[toSend_[i]];
+      uint8_t* const payload = op.call->payload->data();
+      if (skip < kRequestSize) {
+        parts[count++] = {op.header + skip, kRequestSize - skip};
+        parts[count++] = {payload, op.call->length};
+      } else {
+        const uint64_t within = skip - kRequestSize;
+        parts[count++] = {payload + within, op.call->length - within};
+      }
+      skip = 0;
+    }
+    msghdr message{};
+    message.msg_iov = parts;
+    message.msg_iovlen = static_cast<size_t>(count);
+    const ssize_t sent = sendmsg(fd_, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (sent < 0) {
+      if (errno == EINTR) continue;
+      if (errno != EAGAIN) return false;
+      wantWritable(true);
+      return true;
+    }
+    movedAt_ = Loop::nowMicroseconds();
+    sentBytes_ += static_cast<uint64_t>(sent);
+    while (toSendAt_ < toSend_.size()) {
+      Op& op = ops_[toSend_[toSendAt_]];
+      const uint64_t whole = kRequestSize + op.call->length;
+      if (sentBytes_ < whole) break;
+      sentBytes_ -= whole;
+      op.sent = true;
+      toSendAt_++;
+    }
+  }
+  toSend_.clear();
+  toSendAt_ = 0;
+  wantWritable(false);
+  return true;
+}
+
+// --- from the peer -------------------------------------------------------------------------------------------------
+
+bool Lane::onEvent(uint32_t events) {
+  if ((events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0 && !receive()) return false;
+  return (events & EPOLLOUT) == 0 || flush();
+}
+
+/// False where the peer is gone, or says what it cannot say.
+bool Lane::receive() {
+  for (;;) {
+    const ssize_t got = recv(fd_, input_ + inputSize_, sizeof input_ - inputSize_, MSG_DONTWAIT);
+    if (got < 0) {
+      if (errno == EINTR) continue;
+      return errno == EAGAIN;
+    }
+    if (got == 0) return false;
+    movedAt_ = Loop::nowMicroseconds();
+    inputSize_ += static_cast<size_t>(got);
+    const bool drained = inputSize_ < sizeof input_;
+    size_t at = 0;
+    for (; inputSize_ - at >= kSimpleReplySize; at += kSimpleReplySize) {
+      const uint8_t* reply = input_ + at;
+      if (load32(reply) != kSimpleReplyMagic || !settle(load32(reply + 4), load64(reply + 8))) return false;
+    }
+    memmove(input_, input_ + at, inputSize_ - at);
+    inputSize_ -= at;
+    if (drained) return true;
+  }
+}
+
+bool Lane::settle(uint32_t error, uint64_t cookie) {
+  const size_t place = cookie & 0xffff;
+  if (place >= ops_.size()) return false;
+  Op& op = ops_[place];
+  if (op.call == nullptr || op.cookie != cookie || !op.sent) return false;
+  Upcall* const call = op.call;
+  release(op);
+  if (error == kOk) {
+    call->connection->complete(call, kOk);
+    loop_.giveUpcall(call);
+  } else {
+    call->half = true;
+    loop_.queueUpcall(call);
+  }
+  return true;
+}
+
+void Lane::release(Op& op) {
+  target_.claims->give(op.call->offset, op.call->length);
+  loop_.endAccess(op.epoch);
+  op.call = nullptr;
+  free_.push_back(static_cast<uint16_t>(&op - ops_.data()));
+  inFlight_--;
+}
+
+// --- end -----------------------------------------------------------------------------------------------------------
+
+void Lane::end() {
+  Event event{};
+  event.kind = EventKind::LaneEnd;
+  event.tag = id_;
+  event.target = &target_;
+  loop_.queueEvent(event);
+  for (Op& op : ops_) {
+    if (op.call == nullptr) continue;
+    Upcall* const call = op.call;
+    release(op);
+    call->half = true;
+    loop_.queueUpcall(call);
+  }
+}
+
+void Lane::abandon() {
+  for (Op& op : ops_) {
+    if (op.call == nullptr) continue;
+    Upcall* const call = op.call;
+    release(op);
+    loop_.giveUpcall(call);
+  }
+}
+
+}  // namespace nbd
