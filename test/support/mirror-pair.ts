@@ -18,6 +18,7 @@ export interface SideOptions {
   readonly security?: SecurityOptions
   readonly name?: string
   readonly listen?: string
+  readonly threads?: number // of the native datapath
 }
 
 export class Side {
@@ -54,9 +55,9 @@ export class Side {
   }
 
   async open(): Promise<void> {
-    const { datapath, name = 'side' } = this.#options
+    const { datapath, name = 'side', threads } = this.#options
     const log = pino({ level: process.env['TEST_LOG'] ?? 'silent' })
-    this.#served = await ServedPool.open(this.directory, datapath)
+    this.#served = await ServedPool.open(this.directory, datapath, threads === undefined ? {} : { threads })
     this.#mirrors = await Mirrors.open({
       pool: this.pool,
       log,

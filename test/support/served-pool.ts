@@ -26,7 +26,7 @@ export class ServedPool {
   static async open(
     directory: string,
     datapath: DatapathChoice,
-    options: Pick<PoolOptions, 'hotSet'> = {},
+    options: Pick<PoolOptions, 'hotSet' | 'threads'> = {},
   ): Promise<ServedPool> {
     const log = pino({ level: process.env['TEST_LOG'] ?? 'silent' })
     const events: PoolEvent[] = []

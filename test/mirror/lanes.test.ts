@@ -1,0 +1,172 @@
+import { afterEach, describe, expect, it } from 'vitest'
+import type { NbdClient } from '../../src/nbd/client.ts'
+import { Pair, type Side } from '../support/mirror-pair.ts'
+import { until } from '../support/poll.ts'
+import { Random } from '../support/random.ts'
+import { SMALL_POOL } from './versions.ts'
+
+/**
+ * Lanes: writes of a sync mirror that the datapath makes on both sides by itself. What is shown here is that they are used where they can be,
+ * and that the sides stay equal whatever writes overlap and whatever is lost.
+ */
+const SIZE = 255 * 4096 + 512
+const SECTOR = 512
+
+let pair: Pair | undefined
+afterEach(async () => {
+  await pair?.close()
+  pair = undefined
+})
+
+const laneWrites = (side: Side): number => side.pool.volume('data').info().counters.laneWrites
+const upcalls = (side: Side): number => side.pool.volume('data').info().counters.upcalls
+
+async function full(client: NbdClient): Promise<void> {
+  await client.write(Buffer.alloc(SIZE, 1), 0)
+}
+
+async function expectEqual({ one, two }: Pair): Promise<void> {
+  expect((await two.content('data')).equals(await one.content('data'))).toBe(true)
+}
+
+async function mirrored(threads = 1): Promise<{ pair: Pair; client: NbdClient }> {
+  const side = { datapath: 'native', pool: SMALL_POOL, threads } as const
+  const made = await Pair.open(side)
+  pair = made
+  await made.one.pool.createVolume({ name: 'data', size: SIZE })
+  const client = await made.one.connect('data')
+  await full(client)
+  await made.one.mirrors.add({ volume: 'data', peer: made.address, mode: 'sync' })
+  await made.one.reach('data', 'insync')
+  // Both sides make the regions hot, and set direct bits.
+  await full(client)
+  return { pair: made, client }
+}
+
+describe('lanes', () => {
+  it('take writes of what is formatted and hot, without a decision on either side', async () => {
+    const { pair, client } = await mirrored()
+    const { one, two } = pair
+    await client.write(Buffer.alloc(4096, 2), 8192)
+    const before = { lanes: laneWrites(one), one: upcalls(one), two: upcalls(two) }
+    for (let n = 0; n < 50; n++) await client.write(Buffer.alloc(1 + ((n * 37) % 9000), n), 100 * n * 3)
+    expect(laneWrites(one) - before.lanes).toBe(50)
+    expect(upcalls(one)).toBe(before.one)
+    expect(upcalls(two)).toBe(before.two)
+    expect(one.show('data').counters.forwarded).toBeGreaterThanOrEqual(50)
+    await expectEqual(pair)
+    await expect(two.connect('data')).resolves.toBeDefined()
+    expect(two.pool.volume('data').info().sessions).toBe(1) // lanes are no clients
+  })
+
+  it('leave alone what they cannot take: first writes, trims, zeroes, large ones, hard ones', async () => {
+    const { pair, client } = await mirrored()
+    const { one } = pair
+    await client.write(Buffer.alloc(4096, 2), 8192)
+    const before = laneWrites(one)
+    await client.trim({ offset: 40_960, length: 8192 })
+    await client.write(Buffer.alloc(512, 3), 40_960)
+    await client.write(Buffer.alloc(200_000, 4), 100_000)
+    await client.zero({ offset: 512, length: 512 }, {})
+    await client.write(Buffer.alloc(4096, 5), 4096, { durable: true })
+    await client.flush()
+    expect(laneWrites(one)).toBe(before)
+    await expectEqual(pair)
+  })
+
+  it('go on after a change of roles, whoever dials', async () => {
+    const { pair, client } = await mirrored()
+    const { one, two } = pair
+    await client.close()
+    await one.mirrors.demote('data', undefined, { force: true })
+    await two.mirrors.promote('data', undefined, {})
+    await two.reach('data', 'insync')
+    const there = await two.connect('data')
+    await full(there)
+    const before = laneWrites(two)
+    for (let n = 0; n < 20; n++) await there.write(Buffer.alloc(4096, n), 4096 * n)
+    expect(laneWrites(two) - before).toBe(20)
+    await expectEqual(pair)
+  })
+
+  it('are done without where one side has none', async () => {
+    pair = await Pair.open(
+      { datapath: 'native', pool: SMALL_POOL },
+      { datapath: 'portable', pool: SMALL_POOL },
+    )
+    const { one } = pair
+    await one.pool.createVolume({ name: 'data', size: SIZE })
+    const client = await one.connect('data')
+    await full(client)
+    await one.mirrors.add({ volume: 'data', peer: pair.address, mode: 'sync' })
+    await one.reach('data', 'insync')
+    await full(client)
+    await client.write(Buffer.alloc(4096, 2), 8192)
+    expect(laneWrites(one)).toBe(0)
+    await expectEqual(pair)
+  })
+
+  it.each([1, 3])(
+    'with %i threads: everything at once, over each other, and the sides are equal',
+    async (threads) => {
+      const { pair } = await mirrored(threads)
+      const { one } = pair
+      const random = new Random(threads)
+      const before = laneWrites(one)
+      await overlapping(one, random, () => laneWrites(one) - before < 5000)
+      await expectEqual(pair)
+    },
+    60_000,
+  )
+
+  it('with a network that is cut, damaged and cut short again and again: clients notice nothing, the sides are equal', async () => {
+    const { pair } = await mirrored(2)
+    const { one, relay } = pair
+    const random = new Random(7)
+    let hurts = 0
+    const hurting = async (): Promise<void> => {
+      for (; hurts < 6; hurts++) {
+        await one.reach('data', 'insync')
+        const lanes = laneWrites(one)
+        await until(() => laneWrites(one) > lanes + 50, 'writes go on lanes', 20_000)
+        // Lanes are the connections that came last; one of them, or all of a session's.
+        const last = relay.accepted - 1 - random.below(2)
+        if (hurts % 4 === 0) relay.cut(last)
+        else if (hurts % 4 === 1) relay.corrupt(hurts < 4 ? 'up' : 'down', random.below(5000), last)
+        else if (hurts % 4 === 2) relay.truncate('up', random.below(5000), last)
+        else relay.cut()
+        await until(() => one.show('data').state !== 'insync', 'it is noticed', 20_000)
+      }
+    }
+    const hurt = hurting()
+    await Promise.all([hurt, overlapping(one, random, () => hurts < 6)])
+    relay.resume()
+    await one.reach('data', 'insync')
+    await until(() => one.show('data').lag.bytes === 0, 'nothing is lacking')
+    await expectEqual(pair)
+  }, 120_000)
+})
+
+/** Eight connections with four requests each, on a little of the volume. */
+async function overlapping(side: Side, random: Random, running: () => boolean): Promise<void> {
+  const area = 160 * 1024
+  await Promise.all(
+    Array.from({ length: 8 }, async () => {
+      const client = await side.connect('data')
+      const one = async (): Promise<void> => {
+        while (running()) {
+          const most = random.pick([1, 1, 8, 8, 40, 200])
+          const length = (1 + random.below(most)) * SECTOR
+          const offset = random.below(area / SECTOR) * SECTOR
+          const kind = random.below(100)
+          if (kind < 88) await client.write(random.bytes(length), offset, { durable: kind === 0 })
+          else if (kind < 92) await client.trim({ offset, length })
+          else if (kind < 97) await client.zero({ offset, length }, { release: kind < 94 })
+          else await client.flush()
+        }
+      }
+      await Promise.all([one(), one(), one(), one()])
+      await client.close()
+    }),
+  )
+}
