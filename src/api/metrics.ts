@@ -204,6 +204,7 @@ const MIRROR_COUNTERS = [
   ['cycles', 'cycles', 'Cycles that the secondary has committed.'],
   ['saves', 'saves', 'Copy units saved for the sender before they were overwritten.'],
   ['forwarded', 'forwarded_requests', 'Requests that went to both sides at once.'],
+  ['laneWrites', 'lane_writes', 'Of these, writes that needed no decision on either side.'],
 ] as const
 
 const MEMBER_COUNTERS = [

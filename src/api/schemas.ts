@@ -199,6 +199,7 @@ const MIRROR_COUNTERS: Record<string, Schema> = {
   cycles: count('cycles that the secondary has committed'),
   saves: count('copy units saved for the sender before they were overwritten'),
   forwarded: count('requests that went to both sides at once'),
+  laneWrites: count('of these, writes that needed no decision on either side'),
 }
 
 export const mirrorSchema = object('A mirror: one volume here, one elsewhere', {

@@ -116,7 +116,8 @@ export function mirrorLines(info: MirrorInfo): string[] {
     [
       'done',
       `${plural(counters.cycles, 'cycle')} (last agreed: ${info.cycle}), ${plural(counters.signatures, 'region')} compared, ` +
-        `${plural(counters.saves, 'unit')} saved, ${plural(counters.forwarded, 'request')} to both sides`,
+        `${plural(counters.saves, 'unit')} saved, ${plural(counters.forwarded, 'request')} to both sides` +
+        (counters.laneWrites > 0 ? `, ${counters.laneWrites} of them on lanes` : ''),
     ],
     ['this side', sideText(info.local)],
     ['other side', info.remote === null ? 'not known yet' : sideText(info.remote)],

@@ -810,6 +810,10 @@ export class Primary implements ChangeWatcher {
     return this.#wireBytes + (this.#remote?.wireBytes() ?? 0) + this.#laneUse.wireBytes()
   }
 
+  laneWrites(): number {
+    return this.#laneUse.writes()
+  }
+
   forwardedCount(): number {
     return this.#forwarder.count + this.#laneUse.writes()
   }

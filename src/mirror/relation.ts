@@ -442,6 +442,7 @@ export class Relation {
         cycles: counters?.cycles ?? 0,
         saves: counters?.saves ?? 0,
         forwarded: primary?.forwardedCount() ?? 0,
+        laneWrites: primary?.laneWrites() ?? 0,
       },
       local: this.side(),
       remote: this.#remoteSide(),

@@ -75,6 +75,7 @@ export interface MirrorCounters {
   readonly cycles: number // committed
   readonly saves: number // units saved for the sender before they were overwritten
   readonly forwarded: number // requests that went to both sides at once
+  readonly laneWrites: number // of these, without a decision on either side
 }
 
 export interface MirrorInfo {

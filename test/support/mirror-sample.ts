@@ -34,6 +34,7 @@ export const MIRROR: MirrorInfo = {
     cycles: 16,
     saves: 17,
     forwarded: 18,
+    laneWrites: 12,
   },
   local: {
     role: 'primary',
