@@ -21,6 +21,8 @@ export interface ExpectedWire {
   readonly token: string // hexadecimal
   /** Paused, with nothing unread. @throws LinkError LATE */
   readonly socket: Promise<Socket>
+  /** Nobody wants it any more: it is destroyed, now or when it comes. */
+  cancel(): void
 }
 
 const MAGIC = Buffer.from('FSside-1', 'latin1')
@@ -41,7 +43,11 @@ export class SideDoor {
     this.#ms = ms
   }
 
+  /** @throws LinkError OVERFLOW */
   expect(): ExpectedWire {
+    if (this.#expected.size >= LIMITS.linkHandshakesMax) {
+      throw new LinkError('OVERFLOW', 'too many further connections are waited for')
+    }
     const token = randomBytes(TOKEN_BYTES).toString('hex')
     const socket = new Promise<Socket>((resolve, reject) => {
       const timer = setTimeout(() => {
@@ -55,8 +61,14 @@ export class SideDoor {
         },
       })
     })
+    const cancel = (): void => {
+      socket.then(
+        (taken) => taken.destroy(),
+        () => {}, // it did not come
+      )
+    }
     socket.catch(() => {}) // perhaps nobody waits any more
-    return { token, socket }
+    return { token, socket, cancel }
   }
 
   /**

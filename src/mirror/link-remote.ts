@@ -154,20 +154,27 @@ export class LinkRemote implements Remote {
     if (count === 0 || sideWires === undefined || !capabilities.has(LANES_CAPABILITY)) return []
     const ask = async (tokens: readonly string[]): Promise<LanesMessage> =>
       readLanes((await this.#ask(this.#control, MESSAGE.lanes, json({ count, tokens }))).payload)
-    if (sideWires.side === 'dials') {
-      const { tokens } = await ask([])
-      return this.#connected(tokens.map((token) => sideWires.dial(token)))
+    if (sideWires.side === 'listens') {
+      const expected = Array.from({ length: count }, () => sideWires.expect())
+      try {
+        const reply = await ask(expected.map(({ token }) => token))
+        // They have come, or some do not.
+        if (reply.count === count) return await allSockets(expected.map(({ socket }) => socket))
+      } catch (error) {
+        for (const { cancel } of expected) cancel()
+        throw remoteError(error)
+      }
+      for (const { cancel } of expected) cancel()
+      return []
     }
-    const expected = Array.from({ length: count }, () => sideWires.expect())
-    const reply = await ask(expected.map(({ token }) => token))
-    return reply.count === count ? this.#connected(expected.map(({ socket }) => socket)) : []
-  }
-
-  async #connected(dialling: readonly Promise<Socket>[]): Promise<readonly Socket[]> {
+    const { tokens } = await ask([])
     try {
-      return await allSockets(dialling)
+      return await allSockets(tokens.map((token) => sideWires.dial(token)))
     } catch (error) {
-      throw remoteError(error)
+      if (!(error instanceof LinkError)) throw error
+      // Whatever lets the session through and not these: it goes without, and the other side waits for none.
+      await this.#ask(this.#control, MESSAGE.lanes, json({ count: 0, tokens: [] }))
+      return []
     }
   }
 

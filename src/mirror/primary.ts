@@ -384,6 +384,7 @@ export class Primary implements ChangeWatcher {
   async sizeChanges(): Promise<void> {
     this.#suspended = true
     await this.#halt('the volume gets another size')
+    await this.#host.volume.lanes.closed() // what comes back from them lies in the old size
   }
 
   sizeChanged(): void {

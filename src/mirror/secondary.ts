@@ -398,8 +398,8 @@ export class Secondary {
   async #prepareLanes({ count, tokens }: LanesMessage): Promise<LanesMessage> {
     const none = { count: 0, tokens: [] }
     const sideWires = this.#sideWires
-    if (this.#host.volume.lanes.width === 0 || sideWires === undefined || count === 0) return none
     this.#endLanes()
+    if (this.#host.volume.lanes.width === 0 || sideWires === undefined || count === 0) return none
     const control = this.#control
     if (sideWires.side === 'listens') {
       const expected = Array.from({ length: count }, () => sideWires.expect())
@@ -407,7 +407,13 @@ export class Secondary {
       this.#lanes.catch(() => {}) // told by who waits for it
       return { count, tokens: expected.map(({ token }) => token) }
     }
-    const sockets = await allSockets(tokens.slice(0, count).map((token) => sideWires.dial(token)))
+    let sockets: readonly Socket[] = []
+    try {
+      sockets = await allSockets(tokens.slice(0, count).map((token) => sideWires.dial(token)))
+    } catch (error) {
+      if (!(error instanceof LinkError)) throw error
+      return none // it goes without
+    }
     if (this.#control !== control) {
       for (const socket of sockets) socket.destroy()
       return none

@@ -106,6 +106,49 @@ describe('lanes', () => {
     await expectEqual(pair)
   })
 
+  it('are done without where their connections do not come through, and had again later', async () => {
+    const { pair, client } = await mirrored()
+    const { one, relay } = pair
+    await one.mirrors.pause('data')
+    relay.onConnect = 'reset' // the session stands; nothing further gets through
+    await client.write(Buffer.alloc(4096, 2), 8192)
+    const before = laneWrites(one)
+    await one.mirrors.resume('data')
+    await one.reach('data', 'insync')
+    await full(client)
+    for (let n = 0; n < 20; n++) await client.write(Buffer.alloc(4096, n), 4096 * n)
+    expect(laneWrites(one)).toBe(before)
+    await expectEqual(pair)
+    relay.onConnect = 'forward'
+    await one.mirrors.pause('data')
+    await one.mirrors.resume('data')
+    await one.reach('data', 'insync')
+    await full(client)
+    for (let n = 0; n < 20; n++) await client.write(Buffer.alloc(4096, n + 1), 4096 * n)
+    expect(laneWrites(one)).toBe(before + 20)
+    await expectEqual(pair)
+  })
+
+  it('end before the volume gets another size, while clients write', async () => {
+    const { pair } = await mirrored(2)
+    const { one, two } = pair
+    const random = new Random(11)
+    let sizes = 0
+    const resizing = async (): Promise<void> => {
+      for (const size of [SIZE - 512 - 8 * 4096, SIZE, SIZE - 512 - 20 * 4096, SIZE - 512]) {
+        const lanes = laneWrites(one)
+        await until(() => laneWrites(one) > lanes + 50, 'writes go on lanes')
+        await one.pool.volume('data').resize(size, { force: true })
+        await until(() => two.pool.volume('data').size === size, 'the other side follows')
+        await one.reach('data', 'insync')
+        sizes++
+      }
+    }
+    const resized = resizing()
+    await Promise.all([resized, overlapping(one, random, () => sizes < 4)])
+    await expectEqual(pair)
+  }, 60_000)
+
   it.each([1, 3])(
     'with %i threads: everything at once, over each other, and the sides are equal',
     async (threads) => {
