@@ -38,10 +38,14 @@ export async function compareSides(comparison: Comparison): Promise<Bitmap> {
   if (!blank) for await (const { first, bytes } of remote.bitmap('realized')) take(there, first, bytes)
   const perRegion = Math.max(1, Math.floor(LIMITS.mirrorRegionBytes / unitBytes))
   const regions: number[] = [] // to be compared; their first units
+  // The next unit that is realized on either side. Each is looked for again when it is passed: a long way, where little is realized.
+  let here = -1
+  let other = -1
+  let looked = 0 // regions
   for (let region = 0; region < units; ) {
     // Stretches where nothing is realized on either side cost nothing.
-    const here = Math.floor(comparison.nextRealized(region * unitBytes) / unitBytes)
-    const other = there.nextSet(region, units)
+    if (here < region) here = Math.floor(comparison.nextRealized(region * unitBytes) / unitBytes)
+    if (other < region) other = there.nextSet(region, units)
     const next = Math.min(here, other)
     if (next >= units) break
     region = next - (next % perRegion)
@@ -58,7 +62,7 @@ export async function compareSides(comparison: Comparison): Promise<Bitmap> {
       else for (let unit = region; unit < end; unit++) if (there.get(unit)) differing.set(unit)
     }
     region = end
-    if (regions.length % 1024 === 0) await breathe()
+    if (++looked % 1024 === 0) await breathe()
   }
   comparison.onProgress(0, regions.length * perRegion * unitBytes)
   for (let at = 0; at < regions.length; at += BATCH) {
