@@ -70,7 +70,7 @@ export class Stage {
       } finally {
         datapath.complete(id, 0)
       }
-      this.#giveBack(first, count)
+      if (this.#staged.nextSet(unit, unit + units) < unit + units) this.#giveBack(first, count)
       this.#slots.set(first, slots)
       this.#note(unit, units)
     } finally {
