@@ -15,7 +15,7 @@ export class Payloads {
   #keptLeast = 0 // since the last trim
 
   take(length: number): Buffer {
-    // What has less than half of a buffer would take up more than the windows count twice over.
+    // Shorter ones would take up more than twice what the windows count.
     if (length * 2 < BUFFER_BYTES || length > BUFFER_BYTES) return Buffer.allocUnsafeSlow(length)
     const buffer = this.#kept.pop() ?? Buffer.allocUnsafeSlow(BUFFER_BYTES)
     this.#keptLeast = Math.min(this.#keptLeast, this.#kept.length)
