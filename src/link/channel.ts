@@ -28,6 +28,8 @@ export interface Message {
   readonly payload: Buffer
   /** Not 0: a reply is wanted; see `Channel.reply`. */
   readonly id: number
+  /** Whoever looks at the payload no more may say so: large ones are received faster then (payloads.ts). */
+  readonly release?: () => void
 }
 
 export type Payload = Uint8Array | readonly Uint8Array[]

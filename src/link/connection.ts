@@ -24,6 +24,7 @@ import { type Clock, systemClock } from '../base/clock.ts'
 import { messageOf, systemCode } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
 import { crc32c } from './crc32c.ts'
+import { DirectSocket } from './direct-socket.ts'
 import { LinkError } from './errors.ts'
 import {
   FRAME_HEADER_SIZE,
@@ -118,7 +119,14 @@ export class Connection {
     this.#silenceMs = options.silenceMs ?? LIMITS.linkSilenceMs
     this.#tickMs = this.#silenceMs / TICKS_TO_SILENCE
     this.#receiveWindow = new ReceiveWindow(options.window ?? LIMITS.linkConnectionWindow)
-    stream.on('data', (chunk: Buffer) => this.#receive(chunk))
+    if (stream instanceof DirectSocket) {
+      stream.readInto({
+        room: () => this.#reader.room(),
+        arrived: (room, length) => this.#arrived(length, () => this.#reader.took(room, length)),
+      })
+    } else {
+      stream.on('data', (chunk: Buffer) => this.#arrived(chunk.length, () => this.#reader.push(chunk)))
+    }
     stream.on('end', () => this.#onStreamEnd())
     stream.on('error', (error: Error) => this.destroy(streamError(error)))
     stream.on('close', () => this.destroy(new LinkError('HUNG_UP', 'the connection was closed')))
@@ -286,11 +294,11 @@ export class Connection {
 
   // ---- receiving
 
-  #receive(chunk: Buffer): void {
-    this.counters.bytesIn += chunk.length
+  #arrived(length: number, read: () => void): void {
+    this.counters.bytesIn += length
     this.#heard = true
     if (this.#state !== 'open') return
-    this.#reader.push(chunk)
+    read()
     this.#deliver()
   }
 
@@ -408,6 +416,7 @@ export class Connection {
     const time = Buffer.alloc(8)
     time.writeDoubleLE(this.#clock.now())
     this.send(KIND.ping, [time])
+    this.#reader.trim()
     this.#planTick()
   }
 }

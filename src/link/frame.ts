@@ -21,12 +21,15 @@
  *  - Nothing of a header is believed before its checksum holds, and no payload is handed out before its own does.
  *  - A payload's length is checked against the bound of its kind, in this phase, before anything is allocated for it.
  *  - A reader that has thrown stays broken: what follows damage is never read as frames.
- *  - A payload is copied at most once: not at all where it lies within one chunk of the stream and is most of it.
+ *  - A payload is copied at most once: not at all where it lies within one chunk of the stream and is most of it, or where the
+ *    stream puts it in its place (`room`).
+ *  - Memory of large payloads is used again, if whoever was given one says that it is done with it (`release`).
  */
 import { assert } from '../base/assert.ts'
 import { LIMITS } from '../base/limits.ts'
 import { crc32c } from './crc32c.ts'
 import { LinkError } from './errors.ts'
+import { Payloads } from './payloads.ts'
 
 export const FRAME_HEADER_SIZE = 40
 export const FRAMING_VERSION = 1
@@ -72,6 +75,8 @@ export interface Frame {
   readonly type: number
   readonly id: number
   readonly payload: Buffer
+  /** Nobody looks at the payload any more: its memory may have the next one. Where it is there, calling it is not a must. */
+  readonly release?: () => void
 }
 
 /** The longest payload of each kind, in bytes; a kind that is not listed has no place in this phase. */
@@ -135,13 +140,17 @@ export function encodeFrame(frame: Frame, sequence: number): Buffer {
 }
 
 const EMPTY = Buffer.alloc(0)
+const INBOX_BYTES = 64 * 1024
 
-interface Header extends Omit<Frame, 'payload'> {
+interface Header extends Omit<Frame, 'payload' | 'release'> {
   readonly length: number
   readonly checksum: number
 }
 
-/** Chunks of a stream in, frames out. `push` a chunk, then call `next` until there is none left in it. */
+/**
+ * Chunks of a stream in, frames out. `push` a chunk, then call `next` until there is none left in it. Or let the stream fill `room`, and
+ * say with `took` how much came, instead of `push`.
+ */
 export class FrameReader {
   #phase: Phase
   #sequence = 0
@@ -152,9 +161,12 @@ export class FrameReader {
   readonly #scratch = Buffer.alloc(FRAME_HEADER_SIZE) // a header that came in pieces
   #scratchLength = 0
   #header: Header | undefined // of the frame whose payload is arriving
-  #payload = EMPTY
+  #payload: Buffer = EMPTY
   #filled = 0
   #checksum = 0
+  readonly #payloads = new Payloads()
+  #inbox: Buffer = EMPTY // where the stream puts what is no rest of a payload
+  #room: Buffer = EMPTY // where the stream puts what comes next
 
   constructor(phase: Phase = HANDSHAKE_PHASE) {
     this.#phase = phase
@@ -167,6 +179,35 @@ export class FrameReader {
 
   push(chunk: Buffer): void {
     if (chunk.length > 0 && this.#error === undefined) this.#chunks.push(chunk)
+  }
+
+  /** Where the stream may put what comes next, until it says `took`. Never empty. */
+  room(): Buffer {
+    if (this.#header !== undefined && this.#chunks.length === 0 && this.#filled < this.#header.length) {
+      this.#room = this.#payload.subarray(this.#filled)
+      return this.#room
+    }
+    // What waits there is read later.
+    if (this.#inbox.length === 0 || this.#chunks.length > 0) this.#inbox = Buffer.allocUnsafeSlow(INBOX_BYTES)
+    this.#room = this.#inbox
+    return this.#room
+  }
+
+  /** `length` bytes have come, to the beginning of `room`: the last one that was given, or any other memory that stays as it is. */
+  took(room: Uint8Array, length: number): void {
+    if (this.#error !== undefined) return
+    const arrived = Buffer.from(room.buffer, room.byteOffset, length)
+    if (room !== this.#room || room === this.#inbox) {
+      this.push(arrived)
+      return
+    }
+    this.#checksum = crc32c(arrived, this.#checksum)
+    this.#filled += length
+  }
+
+  /** Memory that was kept for payloads to come is given up. */
+  trim(): void {
+    this.#payloads.trim()
   }
 
   /**
@@ -197,6 +238,7 @@ export class FrameReader {
   }
 
   #next(): Frame | undefined {
+    if (this.#header !== undefined && this.#filled === this.#header.length) return this.#whole(this.#header)
     for (let chunk = this.#chunks[0]; chunk !== undefined; chunk = this.#chunks[0]) {
       const frame =
         this.#header === undefined ? this.#takeHeader(chunk) : this.#takePayload(chunk, this.#header)
@@ -231,12 +273,13 @@ export class FrameReader {
     if (rest >= header.length) {
       const view = chunk.subarray(this.#at, this.#at + header.length)
       this.#at += header.length
-      // A small view would keep a large chunk in memory for as long as somebody keeps the payload.
-      const payload = header.length * 2 >= chunk.buffer.byteLength ? view : Buffer.from(view)
+      // A small view would keep a large chunk in memory for as long as somebody keeps the payload. The inbox is used again.
+      const keeps = header.length * 2 >= chunk.buffer.byteLength && chunk.buffer !== this.#inbox.buffer
+      const payload = keeps ? view : Buffer.from(view)
       return this.#finish(header, payload, crc32c(payload))
     }
     this.#header = header
-    this.#payload = Buffer.allocUnsafeSlow(header.length)
+    this.#payload = this.#payloads.take(header.length)
     this.#filled = 0
     this.#checksum = 0
     return undefined
@@ -248,11 +291,17 @@ export class FrameReader {
     this.#checksum = crc32c(chunk.subarray(this.#at, end), this.#checksum)
     this.#filled += chunk.copy(this.#payload, this.#filled, this.#at, end)
     this.#at = end
-    if (this.#filled < header.length) return undefined
+    return this.#filled < header.length ? undefined : this.#whole(header)
+  }
+
+  /** All of a payload has come, in pieces. */
+  #whole(header: Header): Frame {
     const payload = this.#payload
     this.#header = undefined
     this.#payload = EMPTY
-    return this.#finish(header, payload, this.#checksum)
+    const frame = this.#finish(header, payload, this.#checksum)
+    const release = this.#payloads.releaseOf(payload)
+    return release === undefined ? frame : { ...frame, release }
   }
 
   #finish(header: Header, payload: Buffer, checksum: number): Frame {

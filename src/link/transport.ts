@@ -3,7 +3,7 @@
  * ends can know (RFC 9266, exporter of TLS 1.3); the handshake signs it, so the peer that proves its identity is the one at
  * the other end of this TLS connection and not somebody who passes its words on.
  */
-import { createServer, isIP, type Server, type Socket, connect as tcpConnect } from 'node:net'
+import { createServer, isIP, type Server, type Socket } from 'node:net'
 import type { Duplex } from 'node:stream'
 import {
   checkServerIdentity,
@@ -15,6 +15,7 @@ import {
 import { assert } from '../base/assert.ts'
 import { messageOf, systemCode, UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
+import { DirectSocket } from './direct-socket.ts'
 import { LinkError } from './errors.ts'
 import { resolveHost, type Security, type TlsFiles } from './security.ts'
 
@@ -58,7 +59,9 @@ function dialAddress(
   return new Promise((resolve, reject) => {
     const options = { host: address, port, noDelay: true }
     const socket: Socket =
-      tls === undefined ? tcpConnect(options) : tlsConnect({ ...options, ...clientTls(tls, host) })
+      tls === undefined
+        ? new DirectSocket().connect(options)
+        : tlsConnect({ ...options, ...clientTls(tls, host) })
     const settle = (): void => {
       clearTimeout(timer)
       signal?.removeEventListener('abort', onAbort)
@@ -145,7 +148,7 @@ export async function listenForWires(
   const server: Server =
     tls === undefined
       ? createServer({ noDelay: true, pauseOnConnect: true }, (socket) =>
-          listener.onWire(wireOf(socket, false)),
+          listener.onWire(wireOf(DirectSocket.over(socket), false)),
         )
       : createTlsServer({
           cert: tls.cert,

@@ -34,14 +34,19 @@ export async function compareSides(comparison: Comparison): Promise<Bitmap> {
   const { remote, init, unitBytes, size, blank } = comparison
   const units = Math.ceil(size / unitBytes)
   const differing = new Bitmap(units)
-  const there = new Bitmap(units)
+  const there = new Bitmap(blank ? 0 : units)
   if (!blank) for await (const { first, bytes } of remote.bitmap('realized')) take(there, first, bytes)
+  const isThere = (unit: number): boolean => !blank && there.get(unit)
   const perRegion = Math.max(1, Math.floor(LIMITS.mirrorRegionBytes / unitBytes))
   const regions: number[] = [] // to be compared; their first units
+  // The next unit that is realized on either side. Each is looked for again when it is passed: a long way, where little is realized.
+  let here = -1
+  let other = -1
+  let looked = 0 // regions
   for (let region = 0; region < units; ) {
     // Stretches where nothing is realized on either side cost nothing.
-    const here = Math.floor(comparison.nextRealized(region * unitBytes) / unitBytes)
-    const other = there.nextSet(region, units)
+    if (here < region) here = Math.floor(comparison.nextRealized(region * unitBytes) / unitBytes)
+    if (other < region) other = blank ? units : there.nextSet(region, units)
     const next = Math.min(here, other)
     if (next >= units) break
     region = next - (next % perRegion)
@@ -50,15 +55,15 @@ export async function compareSides(comparison: Comparison): Promise<Bitmap> {
     for (let unit = region; unit < end; unit++) {
       const length = Math.min(unitBytes, size - unit * unitBytes)
       const realized = !comparison.isHole(unit * unitBytes, length)
-      if (realized && there.get(unit)) both = true
-      else if (realized !== there.get(unit) && init !== 'signature') differing.set(unit)
+      if (realized && isThere(unit)) both = true
+      else if (realized !== isThere(unit) && init !== 'signature') differing.set(unit)
     }
     if (init === 'signature' || both) {
       if (init !== 'full') regions.push(region)
-      else for (let unit = region; unit < end; unit++) if (there.get(unit)) differing.set(unit)
+      else for (let unit = region; unit < end; unit++) if (isThere(unit)) differing.set(unit)
     }
     region = end
-    if (regions.length % 1024 === 0) await breathe()
+    if (++looked % 1024 === 0) await breathe()
   }
   comparison.onProgress(0, regions.length * perRegion * unitBytes)
   for (let at = 0; at < regions.length; at += BATCH) {
@@ -76,7 +81,7 @@ export async function compareSides(comparison: Comparison): Promise<Bitmap> {
       if (sameSignature(ours, theirs, index)) return
       for (let unit = first; unit < Math.min(units, first + perRegion); unit++) {
         const length = Math.min(unitBytes, size - unit * unitBytes)
-        if (!comparison.isHole(unit * unitBytes, length) || there.get(unit)) differing.set(unit)
+        if (!comparison.isHole(unit * unitBytes, length) || isThere(unit)) differing.set(unit)
       }
     })
     comparison.onCompared(batch.length)

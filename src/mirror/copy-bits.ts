@@ -1,4 +1,4 @@
-import { assert } from '../base/assert.ts'
+import { assert, unreachable } from '../base/assert.ts'
 import { Bitmap } from '../base/bitmap.ts'
 
 /**
@@ -15,6 +15,8 @@ import { Bitmap } from '../base/bitmap.ts'
  *
  * The first three of a cycle are disjoint. `current` may have any of their units, too: those changed after the close.
  */
+type Kind = 'current' | 'sending' | 'captured' | 'staged'
+
 export class CopyBits {
   #unitCount: number
   #current: Bitmap
@@ -102,13 +104,14 @@ export class CopyBits {
     this.#counts.sending = current
     this.#counts.current = 0
     if (this.#counts.staged > 0) {
-      for (const unit of this.#each(this.#sending)) this.#put('staged', this.#staged, unit, false)
+      for (const unit of this.#each('sending')) this.#put('staged', this.#staged, unit, false)
     }
   }
 
   /** The next unit to be read, from `unit` on; unitCount where there is none. */
   nextSending(unit: number): number {
-    return unit < this.#unitCount ? this.#sending.nextSet(unit, this.#unitCount) : this.#unitCount
+    if (unit >= this.#unitCount || this.#counts.sending === 0) return this.#unitCount
+    return this.#sending.nextSet(unit, this.#unitCount)
   }
 
   capture(unit: number): void {
@@ -134,7 +137,7 @@ export class CopyBits {
   /** The secondary has committed. @returns units that it does not lack any more, in order */
   committed(): number[] {
     const done: number[] = []
-    for (const unit of this.#each(this.#staged)) {
+    for (const unit of this.#each('staged')) {
       this.#put('staged', this.#staged, unit, false)
       if (!this.lacks(unit)) done.push(unit)
     }
@@ -143,9 +146,9 @@ export class CopyBits {
 
   /** The cycle ends without a commit. @param keepStaged whether the secondary keeps its stage */
   break(keepStaged: boolean): void {
-    for (const unit of this.#each(this.#sending)) this.postpone(unit)
-    for (const unit of this.#each(this.#captured)) this.postpone(unit)
-    for (const unit of this.#each(this.#staged)) {
+    for (const unit of this.#each('sending')) this.postpone(unit)
+    for (const unit of this.#each('captured')) this.postpone(unit)
+    for (const unit of this.#each('staged')) {
       if (keepStaged && !this.#current.get(unit)) continue
       this.#put('staged', this.#staged, unit, false)
       this.#put('current', this.#current, unit, true)
@@ -156,7 +159,7 @@ export class CopyBits {
   /** Nothing is lacking: both sides are equal, and the volume is quiet. @returns units that were, in order */
   clearCurrent(): number[] {
     const done: number[] = []
-    for (const unit of this.#each(this.#current)) {
+    for (const unit of this.#each('current')) {
       this.#put('current', this.#current, unit, false)
       if (!this.lacks(unit)) done.push(unit)
     }
@@ -186,8 +189,8 @@ export class CopyBits {
   /** Their union. */
   union(): Bitmap {
     const all = new Bitmap(this.#unitCount)
-    for (const bits of [this.#current, this.#sending, this.#captured, this.#staged]) {
-      for (const unit of this.#each(bits)) all.set(unit)
+    for (const kind of ['current', 'sending', 'captured', 'staged'] as const) {
+      for (const unit of this.#each(kind)) all.set(unit)
     }
     return all
   }
@@ -208,20 +211,32 @@ export class CopyBits {
     return at
   }
 
-  *#each(bits: Bitmap): Generator<number> {
-    for (let unit = bits.length > 0 ? bits.nextSet(0) : 0; unit < bits.length; ) {
+  /** The units of a kind, in order; whoever goes through them may take away the one it has. Of a large volume mostly few: no looking for more. */
+  *#each(kind: Kind): Generator<number> {
+    const bits = this.#bitsOf(kind)
+    let left = this.#counts[kind]
+    for (let unit = -1; left > 0; left--) {
+      unit = bits.nextSet(unit + 1)
       yield unit
-      unit++
-      unit = unit < bits.length ? bits.nextSet(unit) : unit
     }
   }
 
-  #put(
-    kind: 'current' | 'sending' | 'captured' | 'staged',
-    bits: Bitmap,
-    unit: number,
-    value: boolean,
-  ): void {
+  #bitsOf(kind: Kind): Bitmap {
+    switch (kind) {
+      case 'current':
+        return this.#current
+      case 'sending':
+        return this.#sending
+      case 'captured':
+        return this.#captured
+      case 'staged':
+        return this.#staged
+      default:
+        return unreachable(kind)
+    }
+  }
+
+  #put(kind: Kind, bits: Bitmap, unit: number, value: boolean): void {
     if (bits.get(unit) === value) return
     if (value) bits.set(unit)
     else bits.clear(unit)

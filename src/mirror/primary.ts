@@ -480,12 +480,14 @@ export class Primary implements ChangeWatcher {
   /** The initial copy: passes without a point in time while there is much to send, then a cycle, which is one. */
   async #copy(remote: Remote): Promise<void> {
     this.#enter('copying')
-    for (let pass = 0; pass < PASSES_MAX && this.#notes.behind > LITTLE_UNITS_BYTES; pass++) {
+    const isMuch = (): boolean => this.bits.currentCount * this.record.unitBytes > LITTLE_UNITS_BYTES
+    for (let pass = 0; pass < PASSES_MAX && isMuch(); pass++) {
       await this.#close(false)
       this.#progress.show('copying', 0, this.#notes.open)
       await this.#sender?.run(LIMITS.mirrorCommitBytes, () => this.#commit(remote, { consistent: false }))
-      await this.#commit(remote, { consistent: false })
       this.#sender = undefined
+      // What is staged by now goes with the cycle's commit, where that comes next.
+      if (isMuch()) await this.#commit(remote, { consistent: false })
     }
     const before = this.#blocks
     await this.#cycle(remote, 'copying')

@@ -175,7 +175,10 @@ export class Secondary {
   #onData(data: Channel, message: Message): Promise<void> {
     switch (message.type) {
       case MESSAGE.put:
-        return this.#confirm(data, message, () => this.#put(message.payload))
+        return this.#confirm(data, message, async () => {
+          await this.#put(message.payload)
+          message.release?.() // not where it failed: somebody may still be at it
+        })
       case MESSAGE.hole:
         return this.#confirm(data, message, async () => {
           for (const { offset, length } of readRanges(message.payload)) {

@@ -1,6 +1,7 @@
 import { assert } from '../base/assert.ts'
 import { Bitmap } from '../base/bitmap.ts'
 import type { Datapath, ExportId } from '../datapath/datapath.ts'
+import { FreshSlots } from './fresh-slots.ts'
 import type { FreedRun } from './reclaimer.ts'
 import { slotRunsOf } from './runs.ts'
 import type { VolumeTables } from './tables.ts'
@@ -24,7 +25,8 @@ export interface StageHost {
 
 export class Stage {
   readonly #host: StageHost
-  readonly #slots: Uint32Array // stripe -> fresh slot; 0 = none
+  readonly #slots = new FreshSlots()
+  readonly #stripeCount: number
   readonly #staged: Bitmap // format units
   #units = 0
   #pending = 0 // puts under way
@@ -34,7 +36,7 @@ export class Stage {
   constructor(host: StageHost) {
     this.#host = host
     const { stripeCount, unitCount } = host.tables()
-    this.#slots = new Uint32Array(stripeCount)
+    this.#stripeCount = stripeCount
     this.#staged = new Bitmap(unitCount)
   }
 
@@ -68,8 +70,8 @@ export class Stage {
       } finally {
         datapath.complete(id, 0)
       }
-      this.#giveBack(first, count)
-      this.#slots.set(slots, first)
+      if (this.#staged.nextSet(unit, unit + units) < unit + units) this.#giveBack(first, count)
+      this.#slots.set(first, slots)
       this.#note(unit, units)
     } finally {
       this.#pending--
@@ -88,13 +90,13 @@ export class Stage {
   switch(): () => void {
     assert(!this.#closed && this.#pending === 0, 'a stage is switched while something is put into it')
     const tables = this.#host.tables()
-    assert(tables.stripeCount === this.#slots.length, 'a stage of another size')
+    assert(tables.stripeCount === this.#stripeCount, 'a stage of another size')
     const undo: (() => void)[] = []
     const freed: FreedRun[] = []
     for (let unit = this.#next(0); unit < this.#staged.length; unit = this.#next(unit + 1)) {
       const { first, count } = tables.unitStripes(unit)
       const before = [...tables.slots.subarray(first, first + count)]
-      const after = [...this.#slots.subarray(first, first + count)]
+      const after = this.#slots.get(first, count)
       const formatted = tables.init.get(unit)
       undo.push(() => put(tables, unit, first, before, formatted))
       for (const run of slotRunsOf(first, before)) {
@@ -130,19 +132,19 @@ export class Stage {
     const { formatUnit, stripeCount } = this.#host.tables()
     for (let unit = this.#next(0); unit < this.#staged.length; unit = this.#next(unit + 1)) {
       const first = unit * formatUnit
-      const count = Math.min(formatUnit, this.#slots.length - first)
-      if (giveBack) this.#giveBack(first, count)
-      else this.#slots.fill(0, first, first + count)
+      if (giveBack) this.#giveBack(first, Math.min(formatUnit, this.#stripeCount - first))
       this.#staged.clear(unit)
     }
+    this.#slots.clear()
     this.#units = 0
     assert(stripeCount > 0)
   }
 
   #giveBack(first: number, count: number): void {
-    const slots = [...this.#slots.subarray(first, first + count)].filter((slot) => slot !== 0)
-    if (slots.length > 0) this.#host.unallocate(slots)
-    this.#slots.fill(0, first, first + count)
+    const slots = this.#slots.get(first, count).filter((slot) => slot !== 0)
+    if (slots.length === 0) return
+    this.#host.unallocate(slots)
+    this.#slots.set(first, new Array<number>(count).fill(0))
   }
 
   #note(unit: number, units: number): void {

@@ -39,7 +39,7 @@ export class VolumeTables {
   readonly unitCount: number
   readonly slots: Uint32Array
   readonly init: Bitmap
-  readonly direct: Bitmap
+  readonly direct: Bitmap // changed here only
   readonly #dirtyMap: Bitmap
   readonly #dirtyInit: Bitmap
   /** Map pages that ever held a slot: a walk over the slots of a large volume looks at these only. */
@@ -47,6 +47,7 @@ export class VolumeTables {
   #dirtyCount = 0
   #formattedUnits = 0
   #mappedStripes = 0
+  #anyDirect = false // a direct bit may be 1
   /** Whether direct bits of a unit may be 1 (DESIGN invariant 1). */
   #mayOpen: ((unit: number) => boolean) | undefined
   /** While the datapath moves over to larger or smaller tables, every change goes to these too. */
@@ -156,6 +157,7 @@ export class VolumeTables {
     const { first, count } = this.unitStripes(unit)
     assert(this.init.get(unit), 'direct bit without init')
     assert(this.#mayOpen?.(unit) !== false, 'direct bit where a write needs a decision')
+    this.#anyDirect = true
     this.direct.setRange(first, first + count)
     if (this.#follower !== undefined && unit < this.#follower.unitCount) this.#follower.setDirect(unit)
   }
@@ -164,6 +166,7 @@ export class VolumeTables {
   setAllDirect(): void {
     for (let unit = this.init.nextSet(0); unit < this.unitCount; ) {
       const end = this.init.nextClear(unit)
+      this.#anyDirect = true
       this.direct.setRange(unit * this.formatUnit, Math.min(end * this.formatUnit, this.stripeCount))
       unit = this.init.nextSet(end)
     }
@@ -179,7 +182,8 @@ export class VolumeTables {
   clearDirectUnits(unit: number, count: number): void {
     const end = Math.min((unit + count) * this.formatUnit, this.stripeCount)
     const first = Math.min(unit * this.formatUnit, end)
-    this.direct.clearRange(first, end)
+    if (this.#anyDirect) this.direct.clearRange(first, end)
+    if (first === 0 && end === this.stripeCount) this.#anyDirect = false
     this.#follower?.clearDirectUnits(unit, count)
   }
 
@@ -342,6 +346,7 @@ export class VolumeTables {
     for (let i = this.#dirtyInit.nextSet(0); i < this.#dirtyInit.length; i = this.#dirtyInit.nextSet(i + 1)) {
       if (i < next.#dirtyInit.length) next.#touch(next.#dirtyInit, i)
     }
+    next.#anyDirect = this.#anyDirect
     next.#mayOpen = this.#mayOpen
     if (next.stripeCount < this.stripeCount) {
       // The stored pages at the cut hold what lies past it, too; growing again would bring it back.

@@ -46,6 +46,21 @@ function read(
   return { frames }
 }
 
+/** The same where the stream fills the room that it is shown, up to `sizes` bytes at a time, again and again. */
+function fill(stream: Buffer, sizes: readonly number[], reader = new FrameReader(SESSION_PHASE)): Frame[] {
+  const frames: Frame[] = []
+  for (let at = 0, turn = 0; at < stream.length; turn++) {
+    const room = reader.room()
+    const length = Math.min(room.length, stream.length - at, sizes[turn % sizes.length] ?? room.length)
+    stream.copy(room, 0, at, at + length)
+    at += length
+    reader.took(room, length)
+    for (let one = reader.next(); one !== undefined; one = reader.next()) frames.push(one)
+  }
+  reader.end()
+  return frames
+}
+
 function codeOf(bytes: Buffer, phase?: Phase): LinkErrorCode | undefined {
   return read([bytes], phase).error?.code
 }
@@ -124,6 +139,75 @@ describe('frames', () => {
     const pieces: Buffer[] = []
     for (let at = 0; at < stream.length; at += 65_536) pieces.push(stream.subarray(at, at + 65_536))
     expect(read(pieces).frames[0]?.payload.equals(payload)).toBe(true)
+  })
+
+  it('come back as they were sent where the stream puts them in their place, in any pieces', () => {
+    const length = fc.oneof(fc.nat(300), fc.integer({ min: 60_000, max: 200_000 }))
+    const frames = fc
+      .array(length, { maxLength: 6 })
+      .map((lengths) => lengths.map((bytes) => frame({ payload: random.bytes(bytes) })))
+    const sizes = fc.array(fc.oneof(fc.integer({ min: 1, max: 300 }), fc.integer({ min: 1, max: 1 << 20 })), {
+      minLength: 1,
+    })
+    fc.assert(
+      fc.property(frames, sizes, (sent, some) => {
+        // A few bytes at a time only where that does not take for ever.
+        const bytes = encodeAll(sent)
+        const pieces = bytes.length / Math.max(...some) > 2_000 ? [1_000] : some
+        const got = fill(bytes, pieces)
+        // Vitest compares large buffers byte by byte.
+        expect(got.map(({ payload }, index) => sent[index]?.payload.equals(payload))).toEqual(
+          sent.map(() => true),
+        )
+      }),
+      { numRuns: 50 },
+    )
+  })
+
+  it('where the stream puts them in their place are checked all the same', () => {
+    const stream = encodeFrame(frame({ payload: random.bytes(300_000) }), 0)
+    for (const at of [FRAME_HEADER_SIZE, 100_000, stream.length - 1]) {
+      const damaged = Buffer.from(stream)
+      damaged[at] = (damaged[at] ?? 0) ^ 1
+      expect(() => fill(damaged, [1 << 20])).toThrow(LinkError)
+    }
+  })
+
+  it('wait in memory of their own while nobody asks for them', () => {
+    const reader = new FrameReader(SESSION_PHASE)
+    const frames = [1, 2].map((index) => frame({ payload: Buffer.alloc(1000, index) }))
+    for (const [index, one] of frames.entries()) {
+      const room = reader.room()
+      reader.took(room, encodeFrame(one, index).copy(room))
+    }
+    expect([reader.next(), reader.next()]).toEqual(frames)
+  })
+
+  it('give the memory of a large payload to a later one when they are released, and not before', () => {
+    const reader = new FrameReader(SESSION_PHASE)
+    const sent = [1, 2, 3, 4].map((index) => frame({ payload: Buffer.alloc(LIMITS.mirrorPieceBytes, index) }))
+    const memory: ArrayBufferLike[] = []
+    const frames = sent.map((one, index) => {
+      const [got] = fill(encodeFrame(one, index), [1 << 20], reader)
+      if (got === undefined) throw new Error('a frame')
+      memory.push(got.payload.buffer)
+      expect(got.payload.equals(one.payload)).toBe(true)
+      if (index > 0) got.release?.()
+      if (index > 1) got.release?.() // once is enough
+      return got
+    })
+    expect(memory[1]).not.toBe(memory[0])
+    expect(memory[2]).toBe(memory[1])
+    expect(memory[3]).toBe(memory[1])
+    expect(frames[0]?.payload.equals(sent[0]?.payload ?? Buffer.alloc(0))).toBe(true)
+    reader.trim()
+    reader.trim()
+    const [later] = fill(
+      encodeFrame(frame({ payload: Buffer.alloc(LIMITS.mirrorPieceBytes) }), 4),
+      [1 << 20],
+      reader,
+    )
+    expect(memory).not.toContain(later?.payload.buffer)
   })
 
   it('with a small payload keep no large chunk in memory', () => {

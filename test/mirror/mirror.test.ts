@@ -35,6 +35,36 @@ describe.each(DATAPATHS)('a mirror, %s', (datapath) => {
     expect((await two.content('data')).equals(await one.content('data'))).toBe(true)
   })
 
+  it('a volume that nobody writes to is copied with one commit', async () => {
+    pair = await Pair.open({ datapath })
+    const { one, two } = pair
+    await one.pool.createVolume({ name: 'data', size: 64 * MIB })
+    const client = await one.connect('data')
+    const random = new Random(2)
+    for (let at = 0; at < 40 * MIB; at += MIB) await client.write(random.bytes(MIB), at)
+    await one.mirrors.add({ volume: 'data', peer: pair.address, mode: 'async', intervalMs: 3_600_000 })
+    await one.reach('data', 'cycling')
+    expect((await settled(one)).counters.cycles).toBe(1)
+    expect((await two.content('data')).equals(await one.content('data'))).toBe(true)
+  })
+
+  it('a volume that is written to while it is copied is one point in time in the end', async () => {
+    pair = await Pair.open({ datapath })
+    const { one, two } = pair
+    await one.pool.createVolume({ name: 'data', size: 64 * MIB })
+    const client = await one.connect('data')
+    const random = new Random(3)
+    for (let at = 0; at < 64 * MIB; at += MIB) await client.write(random.bytes(MIB), at)
+    await one.mirrors.add({ volume: 'data', peer: pair.address, mode: 'async', intervalMs: 100 })
+    // What is staged already, and what is still to be sent, changes again, or goes away.
+    while (one.show('data').state !== 'cycling') {
+      await client.write(random.bytes(65536), random.below(1000) * 65536)
+      await client.trim({ offset: random.below(1000) * 65536, length: 3 * 65536 })
+    }
+    await settled(one)
+    expect((await two.content('data')).equals(await one.content('data'))).toBe(true)
+  })
+
   it('sync: every answered write is on both sides', async () => {
     pair = await Pair.open({ datapath })
     const { one, two } = pair
