@@ -43,6 +43,8 @@ export interface ConnectionOptions {
   /** Bytes that the peer may have on their way to us. */
   readonly window?: number
   readonly silenceMs?: number
+  /** What was read of the stream before. */
+  readonly received?: Buffer
 }
 
 export interface ConnectionHandler {
@@ -127,6 +129,10 @@ export class Connection {
     } else {
       stream.on('data', (chunk: Buffer) => this.#arrived(chunk.length, () => this.#reader.push(chunk)))
     }
+    const { received } = options
+    // Not before whoever makes the connection has it, and before anything that comes later.
+    if (received !== undefined)
+      process.nextTick(() => this.#arrived(received.length, () => this.#reader.push(received)))
     stream.on('end', () => this.#onStreamEnd())
     stream.on('error', (error: Error) => this.destroy(streamError(error)))
     stream.on('close', () => this.destroy(new LinkError('HUNG_UP', 'the connection was closed')))

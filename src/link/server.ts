@@ -107,9 +107,9 @@ export class LinkServer {
     }
     stream.on('error', () => undefined)
     this.#door.take(stream).then(
-      (taken) => {
-        if (taken) this.#greeting.delete(stream)
-        else this.#greet(wire)
+      (received) => {
+        if (received === undefined) this.#greeting.delete(stream)
+        else this.#greet(wire, received)
       },
       (error: unknown) => this.#refused(address, error),
     )
@@ -119,10 +119,12 @@ export class LinkServer {
     return this.#options.security.tls === undefined
   }
 
-  #greet(wire: Wire): void {
+  /** @param received what was read of it before */
+  #greet(wire: Wire, received?: Buffer): void {
     const { stream, address } = wire
     const handshake = new ServerHandshake(this.#party, wire.binding)
-    greetClient(stream, handshake, (applicant) => this.#judge(applicant), greetOptionsOf(this.#options)).then(
+    const options = { ...greetOptionsOf(this.#options), ...(received === undefined ? {} : { received }) }
+    greetClient(stream, handshake, (applicant) => this.#judge(applicant), options).then(
       ({ connection, agreement }) => {
         this.#greeting.delete(stream)
         this.#gather(connection, agreement)

@@ -11,6 +11,7 @@
 import { randomBytes } from 'node:crypto'
 import type { Socket } from 'node:net'
 import { LIMITS } from '../base/limits.ts'
+import { DirectSocket } from './direct-socket.ts'
 import { LinkError } from './errors.ts'
 
 export type SideWires =
@@ -73,15 +74,12 @@ export class SideDoor {
 
   /**
    * Looks at the first bytes of a connection that nobody has read from.
-   * @returns whether it was one of these, and is taken; else it is as it was, with everything unread
+   * @returns undefined where it was one of these, and is taken; else what was read of it
    * @throws LinkError HUNG_UP, LATE, NO_SESSION; it is destroyed then
    */
-  async take(socket: Socket): Promise<boolean> {
+  async take(socket: Socket): Promise<Buffer | undefined> {
     const first = await readSome(socket, MAGIC.length, this.#ms)
-    if (!first.subarray(0, MAGIC.length).equals(MAGIC)) {
-      socket.unshift(first)
-      return false
-    }
+    if (!first.subarray(0, MAGIC.length).equals(MAGIC)) return first
     const rest = HELLO_BYTES - first.length
     const hello = rest <= 0 ? first : Buffer.concat([first, await readSome(socket, rest, this.#ms)])
     const token = hello.subarray(MAGIC.length).toString('hex')
@@ -92,7 +90,7 @@ export class SideDoor {
     }
     this.#expected.delete(token)
     socket.write(WELCOME, () => expectation.resolve(socket))
-    return true
+    return undefined
   }
 }
 
@@ -142,7 +140,14 @@ function readSome(socket: Socket, count: number, ms: number): Promise<Buffer> {
         ),
       ms,
     )
-    socket.on('data', onData)
+    if (socket instanceof DirectSocket) {
+      socket.readInto({
+        room: () => Buffer.allocUnsafe(count),
+        arrived: (room, bytes) => onData(Buffer.from(room.slice(0, bytes))),
+      })
+    } else {
+      socket.on('data', onData)
+    }
     socket.once('end', onEnd)
     socket.once('close', onEnd)
     socket.resume()

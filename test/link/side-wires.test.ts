@@ -21,10 +21,10 @@ describe('side wires', () => {
       sockets.push(socket)
       socket.on('error', () => {})
       door.take(socket).then(
-        (taken) => {
-          outcomes.push(taken)
-          if (taken) return
-          const other = { socket, read: '' }
+        (received) => {
+          outcomes.push(received === undefined)
+          if (received === undefined) return
+          const other = { socket, read: received.toString('latin1') }
           untouched.push(other)
           socket.on('data', (chunk: Buffer) => {
             other.read += chunk.toString('latin1')
