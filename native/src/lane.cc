@@ -25,7 +25,9 @@ Lane::Lane(Loop& loop, Export& target, int fd, uint32_t id) : loop_(loop), targe
 
 Lane::~Lane() {
   NBD_ASSERT(inFlight_ == 0);
-  if (fd_ >= 0) ::close(fd_);
+  // Whoever gave the socket may still have it: closing it here is then not enough for epoll to forget this lane.
+  epoll_ctl(loop_.epollFd(), EPOLL_CTL_DEL, fd_, nullptr);
+  ::close(fd_);
 }
 
 bool Lane::attach() {

@@ -882,6 +882,20 @@ const Register stopping("lane: a datapath that stops with writes on the way", []
   mirror.there.next();
 });
 
+const Register shared("lane: one that ended is not told of its socket, which somebody else still has", [] {
+  Primary primary;
+  const Pair pair = socketPair();
+  const int kept = fcntl(pair.theirs, F_DUPFD_CLOEXEC, 3);
+  Side side;
+  side.datapath().openLane(kExport, 1, 0, pair.theirs);
+  ::close(pair.ours);
+  CHECK(side.wait([&] { return side.laneEnds.size() == 1; }));
+  auto client = side.connect();
+  pass(*client);
+  pass(*client);
+  ::close(kept);
+});
+
 // --- load ----------------------------------------------------------------------------------------------------------
 
 /// The policy of a load: one upcall after the other.
