@@ -61,7 +61,9 @@ bool Connection::takeInPlace() {
   const size_t available = inputSize();
   uint64_t piece = left;
   if (lane_) {
-    if (available < left || !laneIntact()) return false;
+    if (available < left) return false;
+    // Once: where memory is short it goes up in pieces, and what is left of it was looked at with the first.
+    if (writeOffset_ == current_.offset && !laneIntact()) return false;
   } else if (available < left) {
     if (available < kPiece) return false;
     piece = available - (writeOffset_ + available) % kPage;

@@ -783,6 +783,36 @@ const Register serving("lane: who serves it writes in place for it, and for nobo
   CHECK(side.read(kBlock * 9 + 512, kLaneBytesMax) == pattern(35, kLaneBytesMax));
 });
 
+const Register pieces("lane: a write for which there is no memory at once goes up in pieces", [] {
+  SideOptions options;
+  options.payloadTotal = 2 * kLaneBytesMax - 256;
+  Side side(options);
+  side.datapath().setLanesOnly(kExport, true);
+  for (uint64_t stripe = 0; stripe < 8; stripe++) side.setDirect(stripe, false);
+  Peer lane(side.serve(true));
+  sendAll(lane.fd, laneRequest(128 * 1024, pattern(40, kLaneBytesMax), 1));
+  const Call first = side.next();
+  const Bytes data = pattern(41, kLaneBytesMax);
+  sendAll(lane.fd, laneRequest(512, data, 2));
+  Call call = side.next();
+  CHECK_EQUAL(call.flags, kFromLane);
+  CHECK_EQUAL(call.offset, uint64_t{512});
+  CHECK(call.length < kLaneBytesMax);
+  uint64_t offset = 512;
+  while (offset < 512 + kLaneBytesMax) {
+    CHECK_EQUAL(call.offset, offset);
+    Bytes part(call.length);
+    CHECK(side.datapath().readPayload(call.index, 0, part.data(), part.size()));
+    CHECK(std::equal(part.begin(), part.end(), data.begin() + static_cast<long>(offset - 512)));
+    offset += call.length;
+    side.complete(call);
+    if (offset < 512 + kLaneBytesMax) call = side.next();
+  }
+  CHECK_EQUAL(replyTo(lane, 2), uint32_t{kOk});
+  side.complete(first);
+  CHECK_EQUAL(replyTo(lane, 1), uint32_t{kOk});
+});
+
 // --- ends ----------------------------------------------------------------------------------------------------------
 
 const Register endSession("lane: a session that is ended takes no more, and answers what it took", [] {
