@@ -783,6 +783,70 @@ const Register serving("lane: who serves it writes in place for it, and for nobo
   CHECK(side.read(kBlock * 9 + 512, kLaneBytesMax) == pattern(35, kLaneBytesMax));
 });
 
+const Register flipped("lane: a bit that flipped on the way ends the session, and nothing is written", [] {
+  Side side;
+  side.datapath().setLanesOnly(kExport, true);
+  const Bytes before = side.read(0, side.size);
+  const Bytes good = laneRequest(8192, pattern(36, 4096));
+  const Bytes after = laneRequest(65536, pattern(37, kLaneBytesMax));
+  std::vector<size_t> bits;
+  for (size_t bit = 0; bit < 8 * kRequestSize; bit++) bits.push_back(bit);
+  for (const size_t bit : {size_t{0}, size_t{1}, size_t{16391}, size_t{32767}}) bits.push_back(8 * kRequestSize + bit);
+  for (const size_t bit : bits) {
+    uint32_t session;
+    Peer lane(side.serve(true, &session));
+    Bytes bytes = good;
+    bytes[bit / 8] ^= static_cast<uint8_t>(1 << bit % 8);
+    // What follows makes up for bytes that a longer one waits for.
+    bytes.insert(bytes.end(), after.begin(), after.end());
+    sendAll(lane.fd, bytes);
+    CHECK(side.wait([&] { return side.sessionEnds.count(session) != 0; }));
+    // A command can become the one that ends sessions.
+    const bool disconnect = bit == 8 * 7 + 1 || (bit / 8 == 7 && (bytes[7] == kDisconnect));
+    if (!disconnect) CHECK_EQUAL(side.sessionEnds[session], static_cast<int>(SessionEnd::Protocol));
+    uint8_t byte;
+    CHECK(!lane.receive(&byte, 1));
+  }
+  CHECK(side.upcalls.empty());
+  CHECK(side.read(0, side.size) == before);
+  CHECK_EQUAL(side.counter(9), 0.0);
+});
+
+const Register foreign("lane: a session that asks for anything but a write ends", [] {
+  Side side;
+  const Bytes before = side.read(0, side.size);
+  struct {
+    uint16_t command, flags;
+    uint32_t length;
+    SessionEnd end;
+  } const requests[] = {{kRead, 0, 4096, SessionEnd::Protocol},        {kFlush, 0, 0, SessionEnd::Protocol},
+                        {kTrim, 0, 4096, SessionEnd::Protocol},        {kCache, 0, 4096, SessionEnd::Protocol},
+                        {kWriteZeroes, 0, 4096, SessionEnd::Protocol}, {kBlockStatus, 0, 4096, SessionEnd::Protocol},
+                        {99, 0, 0, SessionEnd::Protocol},              {kWrite, 0, 0, SessionEnd::Protocol},
+                        {kWrite, kFlagFua, 4096, SessionEnd::Protocol}, {kWrite, 0, kLaneBytesMax + 1, SessionEnd::Protocol},
+                        {kDisconnect, 0, 0, SessionEnd::Disconnect}};
+  for (const auto& one : requests) {
+    uint32_t session;
+    Peer lane(side.serve(true, &session));
+    const Bytes payload = one.command == kWrite ? pattern(38, one.length) : Bytes();
+    Bytes bytes = laneRequest(0, payload, 1, one.flags);
+    put16(bytes.data() + 6, one.command);
+    put32(bytes.data() + 24, one.length);
+    sendAll(lane.fd, bytes);
+    CHECK(side.wait([&] { return side.sessionEnds.count(session) != 0; }));
+    CHECK_EQUAL(side.sessionEnds[session], static_cast<int>(one.end));
+  }
+  // One that breaks off in the middle of a payload.
+  uint32_t session;
+  Peer lane(side.serve(true, &session));
+  const Bytes bytes = laneRequest(0, pattern(39, 4096));
+  sendAll(lane.fd, Bytes(bytes.begin(), bytes.end() - 1));
+  lane.close();
+  CHECK(side.wait([&] { return side.sessionEnds.count(session) != 0; }));
+  CHECK(side.upcalls.empty());
+  CHECK(side.read(0, side.size) == before);
+});
+
 const Register pieces("lane: a write for which there is no memory at once goes up in pieces", [] {
   SideOptions options;
   options.payloadTotal = 2 * kLaneBytesMax - 256;
