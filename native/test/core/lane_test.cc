@@ -99,6 +99,8 @@ class Side {
   }
   /// 9: in-place writes, 10: on lanes.
   double counter(size_t which);
+  /// From now on that member takes no writes.
+  void breakMember(size_t member);
 
   const uint64_t stripeSize = 32 * 1024;
   const uint64_t size;
@@ -275,6 +277,14 @@ int Side::openLane(uint32_t id, uint32_t loop, int* theirs) {
   if (theirs != nullptr) *theirs = pair.theirs;
   datapath_->openLane(kExport, id, loop, pair.theirs);
   return pair.ours;
+}
+
+void Side::breakMember(size_t member) {
+  const std::string path = "/proc/self/fd/" + std::to_string(members_[member]);
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  CHECK(fd >= 0);
+  CHECK(dup3(fd, members_[member], O_CLOEXEC) >= 0);
+  ::close(fd);
 }
 
 double Side::counter(size_t which) {
@@ -734,6 +744,24 @@ const Register ordinary("lane: what is no case for a lane is an upcall, and noth
   primary.side.datapath().setForwards(kExport, false);
   CHECK_EQUAL(client->write(0, pattern(29, 512)), uint32_t{kOk});
   CHECK(primary.side.upcalls.empty());
+});
+
+const Register torn("lane: a write that failed here in the middle is half done", [] {
+  Primary primary;
+  primary.side.breakMember(1);  // where the first chunk of this stripe is; the other one is written before
+  const Bytes before = primary.side.read(0, 4096);
+  const uint64_t chunk = primary.side.stripeSize / 2;
+  const Bytes data = pattern(50, 8192);
+  primary.client->send(kWrite, 0, chunk - 4096, 8192, data);
+  const Call call = primary.side.next();
+  CHECK_EQUAL(call.flags, kHalf);
+  CHECK(primary.side.read(chunk - 4096, 4096) == before);
+  CHECK(primary.side.read(chunk, 4096) == Bytes(data.begin() + 4096, data.end()));
+  CHECK(primary.peer->silent());
+  CHECK(!primary.side.anyTaken());
+  primary.side.complete(call, kEio);
+  CHECK_EQUAL(primary.client->receive().error, uint32_t{kEio});
+  primary.writeThrough(chunk, Bytes(4096));
 });
 
 // --- who serves it -------------------------------------------------------------------------------------------------
