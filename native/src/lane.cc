@@ -72,6 +72,11 @@ void Lane::begin(Upcall* call, uint64_t epoch) {
   at = put64(at, call->offset);
   put32(at, static_cast<uint32_t>(call->length));
   if (inFlight_++ == 0) movedAt_ = Loop::nowMicroseconds();
+  if (toSendAt_ >= kOpsMax) {
+    // Where the peer is always behind, the list is never empty.
+    toSend_.erase(toSend_.begin(), toSend_.begin() + static_cast<ptrdiff_t>(toSendAt_));
+    toSendAt_ = 0;
+  }
   toSend_.push_back(place);
   loop_.queueLane(this);
 }
