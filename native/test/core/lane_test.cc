@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <stdlib.h>
+#include <sys/epoll.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <unistd.h>
@@ -12,6 +13,7 @@
 #include <set>
 
 #include "lane.h"
+#include "loop.h"
 #include "rig.h"
 
 namespace nbd::test {
@@ -616,6 +618,54 @@ const Register backlog("lane: a peer that is slow gets all, in order", [] {
     if (i + kWindow < kCount) send(i + kWindow);
   }
   CHECK(primary.side.upcalls.empty());
+});
+
+const Register stalled("lane: an answer that is owed makes it stall, whatever else moves", [] {
+  Shared nothing;
+  Loop loop(nothing, 0);  // not started: this thread is its thread
+  Export target;
+  target.claims.reset(new Claims);
+  const Pair pair = socketPair();
+  Peer peer(pair.ours);
+  Lane lane(loop, target, pair.theirs, 1);
+  Upcall* calls[3];
+  auto begin = [&](size_t i) {
+    calls[i] = loop.takeUpcall();
+    calls[i]->offset = i * kBlock;
+    calls[i]->length = 512;
+    calls[i]->payload = Payload::create(512);
+    memset(calls[i]->payload->data(), 0, 512);
+    CHECK(target.claims->take(calls[i]->offset, calls[i]->length));
+    lane.begin(calls[i], loop.beginAccess());
+    CHECK(lane.flush());
+    // The clock moves on.
+    const uint64_t now = Loop::nowMicroseconds();
+    while (Loop::nowMicroseconds() == now) {
+    }
+    return now;
+  };
+  auto refuse = [&] {
+    peer.reply(peer.take().cookie, kEio);
+    CHECK(lane.onEvent(EPOLLIN));
+  };
+  CHECK_EQUAL(lane.stalledSince(), uint64_t{0});
+  const uint64_t first = begin(0);
+  const uint64_t second = begin(1);
+  CHECK(lane.stalledSince() > 0 && lane.stalledSince() <= first);
+  const Peer::Write owed = peer.take();
+  refuse();
+  CHECK(lane.stalledSince() <= first);
+  const uint64_t third = begin(2);
+  CHECK(lane.stalledSince() <= first);
+  peer.reply(owed.cookie, kEio);
+  CHECK(lane.onEvent(EPOLLIN));
+  CHECK(lane.stalledSince() > second && lane.stalledSince() <= third);
+  refuse();
+  CHECK_EQUAL(lane.stalledSince(), uint64_t{0});
+  for (Upcall* call : calls) {
+    CHECK(call->half);
+    loop.giveUpcall(call);
+  }
 });
 
 const Register inBytes("lane: replies that come byte by byte, and many at once", [] {
