@@ -523,6 +523,22 @@ const Register lostFull("lane: lost while its socket is full, and the client goe
   CHECK(primary.side.wait([&] { return primary.side.sessionEnds.size() == 1; }));
 });
 
+const Register lostLate("lane: replies that came before the end count", [] {
+  Primary primary;
+  const Bytes data = pattern(51, 4096);
+  Peer::Write writes[3];
+  for (uint64_t i = 0; i < 3; i++) writes[i] = primary.begin(i * 8192, data);
+  for (const size_t i : {2, 0}) primary.peer->reply(writes[i].cookie);
+  uint8_t part[kSimpleReplySize];
+  putSimpleReply(part, kOk, writes[1].cookie);
+  sendAll(primary.peer->fd, Bytes(part, part + sizeof part - 1));
+  primary.peer->close();
+  CHECK_EQUAL(primary.client->receive().cookie, uint64_t{3});
+  CHECK_EQUAL(primary.client->receive().cookie, uint64_t{1});
+  primary.lost(1);
+  CHECK_EQUAL(primary.client->receive().cookie, uint64_t{2});
+});
+
 const Register gone("lane: a client that is gone has its writes answered, and its session ends", [] {
   Primary primary;
   const Peer::Write write = primary.begin(0, pattern(4, 512));
@@ -982,6 +998,7 @@ const Register endSession("lane: a session that is ended takes no more, and answ
 const Register drop("lane: dropped with writes on the way, and opened again", [] {
   Primary primary;
   const Bytes data = pattern(44, 4096);
+  const size_t descriptors = openDescriptors();
   for (uint32_t round = 1; round <= 20; round++) {
     primary.begin(0, data);
     primary.begin(8192, data);
@@ -998,6 +1015,7 @@ const Register drop("lane: dropped with writes on the way, and opened again", []
     primary.peer = std::make_unique<Peer>(primary.side.openLane(round + 1));
   }
   primary.writeThrough(0, data);
+  CHECK_EQUAL(openDescriptors(), descriptors);
 });
 
 const Register closing("lane: an export that is closed with writes on the way", [] {
