@@ -690,7 +690,11 @@ const Register inBytes("lane: replies that come byte by byte, and many at once",
   const Peer::Write first = primary.begin(0, data);
   uint8_t reply[kSimpleReplySize];
   putSimpleReply(reply, kOk, first.cookie);
-  for (const uint8_t& byte : reply) CHECK(::send(primary.peer->fd, &byte, 1, MSG_NOSIGNAL) == 1);
+  auto other = primary.side.connect();
+  for (const uint8_t& byte : reply) {
+    CHECK(::send(primary.peer->fd, &byte, 1, MSG_NOSIGNAL) == 1);
+    pass(*other);  // it has been taken
+  }
   CHECK_EQUAL(primary.client->receive().error, uint32_t{kOk});
   // More than one receive of the lane takes.
   std::vector<std::unique_ptr<Client>> clients;
