@@ -644,6 +644,10 @@ const Register stalled("lane: an answer that is owed makes it stall, whatever el
   const Pair pair = socketPair();
   Peer peer(pair.ours);
   Lane lane(loop, target, pair.theirs, 1);
+  struct Abandon {
+    Lane& lane;
+    ~Abandon() { lane.abandon(); }
+  } abandon{lane};
   Upcall* calls[3];
   auto begin = [&](size_t i) {
     calls[i] = loop.takeUpcall();
