@@ -317,7 +317,9 @@ bool Connection::takeRequest() {
   current_ = parser_.request();
   if (current_.command == kDisconnect) {
     end(SessionEnd::Disconnect);
-  } else if (lane_ && (current_.command != kWrite || current_.flags != 0 || current_.length > kLaneBytesMax)) {
+  } else if (lane_ && (current_.command != kWrite || current_.flags != 0 || current_.length > kLaneBytesMax ||
+                       parser_.verdict().error != kOk)) {
+    // What the peer cannot have meant is taken for bits that flipped on the way.
     end(SessionEnd::Protocol);
     return false;
   } else if (parser_.verdict().error != kOk) {

@@ -141,7 +141,7 @@ class Connection {
   bool mapDirect(const Tables& tables, uint64_t offset, uint64_t length, uint8_t* data, Segments& segments) const;
   bool mayWriteAlone() const;
   bool laneIntact();
-  bool writeOnLane();
+  bool writeOnLane(bool* torn);
   void writeDone();
   void gatherDone();
   void pieceDone(const Upcall* call, uint32_t error);

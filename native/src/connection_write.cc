@@ -61,7 +61,9 @@ bool Connection::takeInPlace() {
   const size_t available = inputSize();
   uint64_t piece = left;
   if (lane_) {
-    if (available < left || !laneIntact()) return false;
+    if (available < left) return false;
+    // Once: where memory is short it goes up in pieces, and what is left of it was looked at with the first.
+    if (writeOffset_ == current_.offset && !laneIntact()) return false;
   } else if (available < left) {
     if (available < kPiece) return false;
     piece = available - (writeOffset_ + available) % kPage;
@@ -131,7 +133,8 @@ void Connection::gatherDone() {
   NBD_ASSERT(gathered_ == payload_->size);
   const bool last = parser_.payloadLeft() == 0;
   NBD_ASSERT(!last || writeOffset_ + gathered_ == current_.offset + current_.length);
-  if (last && writeOnLane()) return;
+  bool torn = false;
+  if (last && writeOnLane(&torn)) return;
   phase_ = last ? Phase::Header : Phase::PieceWait;
   Request request = current_;
   // Whoever makes the last piece durable makes all of them durable.
@@ -140,11 +143,13 @@ void Connection::gatherDone() {
   call->payload = payload_;
   call->charged = payload_->size;
   call->piece = !last;
+  call->half = torn;
   payload_ = nullptr;
 }
 
-/// In place here, and over there at the same time. False where the policy has to see to it; nothing is answered then.
-bool Connection::writeOnLane() {
+/// In place here, and over there at the same time. False where the policy has to see to it; nothing is answered then. `torn`:
+/// some of it may have been changed here.
+bool Connection::writeOnLane(bool* torn) {
   if (!target_.forwards.load(std::memory_order_acquire)) return false;
   // One that was begun in another way goes on in that way.
   if (writeOffset_ != current_.offset || gathered_ != current_.length || gathered_ > kLaneBytesMax) return false;
@@ -157,8 +162,10 @@ bool Connection::writeOnLane() {
   segments.clear();
   if (!target_.claims->take(writeOffset_, gathered_)) return false;
   IoError error;
-  if (!mapDirect(tables, writeOffset_, gathered_, payload_->data(), segments) || !loop_.io().write(segments, &error)) {
+  const bool direct = mapDirect(tables, writeOffset_, gathered_, payload_->data(), segments);
+  if (!direct || !loop_.io().write(segments, &error)) {
     // A write that failed is made again by the policy, which knows what to do with the failure.
+    *torn = direct;
     target_.claims->give(writeOffset_, gathered_);
     return false;
   }

@@ -25,7 +25,9 @@ Lane::Lane(Loop& loop, Export& target, int fd, uint32_t id) : loop_(loop), targe
 
 Lane::~Lane() {
   NBD_ASSERT(inFlight_ == 0);
-  if (fd_ >= 0) ::close(fd_);
+  // Whoever gave the socket may still have it: closing it here is then not enough for epoll to forget this lane.
+  epoll_ctl(loop_.epollFd(), EPOLL_CTL_DEL, fd_, nullptr);
+  ::close(fd_);
 }
 
 bool Lane::attach() {
@@ -61,7 +63,7 @@ void Lane::begin(Upcall* call, uint64_t epoch) {
   const uint32_t sum = laneChecksum(0, low, call->offset, call->length, call->payload->data());
   op.call = call;
   op.epoch = epoch;
-  op.sent = false;
+  op.sentAt = 0;
   op.cookie = uint64_t{sum} << 32 | low;
   uint8_t* at = put32(op.header, kRequestMagic);
   at = put16(at, 0);
@@ -69,7 +71,13 @@ void Lane::begin(Upcall* call, uint64_t epoch) {
   at = put64(at, op.cookie);
   at = put64(at, call->offset);
   put32(at, static_cast<uint32_t>(call->length));
-  if (inFlight_++ == 0) movedAt_ = Loop::nowMicroseconds();
+  inFlight_++;
+  if (toSendAt_ == toSend_.size()) movedAt_ = Loop::nowMicroseconds();
+  if (toSendAt_ >= kOpsMax) {
+    // Where the peer is always behind, the list is never empty.
+    toSend_.erase(toSend_.begin(), toSend_.begin() + static_cast<ptrdiff_t>(toSendAt_));
+    toSendAt_ = 0;
+  }
   toSend_.push_back(place);
   loop_.queueLane(this);
 }
@@ -108,7 +116,7 @@ bool Lane::flush() {
       const uint64_t whole = kRequestSize + op.call->length;
       if (sentBytes_ < whole) break;
       sentBytes_ -= whole;
-      op.sent = true;
+      op.sentAt = movedAt_;
       toSendAt_++;
     }
   }
@@ -116,6 +124,16 @@ bool Lane::flush() {
   toSendAt_ = 0;
   wantWritable(false);
   return true;
+}
+
+/// One answer that never comes holds up a client, and every barrier: that others come does not make up for it.
+uint64_t Lane::stalledSince() const {
+  if (inFlight_ == 0) return 0;
+  uint64_t since = toSendAt_ < toSend_.size() ? movedAt_ : ~uint64_t{0};
+  for (const Op& op : ops_) {
+    if (op.call != nullptr && op.sentAt != 0) since = std::min(since, op.sentAt);
+  }
+  return since;
 }
 
 // --- from the peer -------------------------------------------------------------------------------------------------
@@ -134,7 +152,6 @@ bool Lane::receive() {
       return errno == EAGAIN;
     }
     if (got == 0) return false;
-    movedAt_ = Loop::nowMicroseconds();
     inputSize_ += static_cast<size_t>(got);
     const bool drained = inputSize_ < sizeof input_;
     size_t at = 0;
@@ -152,7 +169,7 @@ bool Lane::settle(uint32_t error, uint64_t cookie) {
   const size_t place = cookie & 0xffff;
   if (place >= ops_.size()) return false;
   Op& op = ops_[place];
-  if (op.call == nullptr || op.cookie != cookie || !op.sent) return false;
+  if (op.call == nullptr || op.cookie != cookie || op.sentAt == 0) return false;
   Upcall* const call = op.call;
   release(op);
   if (error == kOk) {

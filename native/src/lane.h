@@ -52,8 +52,8 @@ class Lane {
   /// Takes replies, and sends on. False: it has ended.
   bool onEvent(uint32_t events);
   bool flush();
-  /// Since when nothing has moved although something is on the way; microseconds, 0 where nothing is.
-  uint64_t stalledSince() const { return inFlight_ > 0 ? movedAt_ : 0; }
+  /// Since when the peer has owed the oldest answer, or has taken nothing of what there is to send; microseconds, 0 where neither.
+  uint64_t stalledSince() const;
   /// What is on the way becomes upcalls. The owner deletes it.
   void end();
   /// The loop ends: forgets what is on the way.
@@ -70,7 +70,7 @@ class Lane {
     Upcall* call = nullptr;  // null = free
     uint64_t cookie = 0;
     uint64_t epoch = 0;
-    bool sent = false;
+    uint64_t sentAt = 0;  // microseconds; 0 = not all of it is out
     uint8_t header[kRequestSize];
   };
 
@@ -88,7 +88,7 @@ class Lane {
   std::vector<uint16_t> free_;
   uint16_t serial_ = 0;
   uint32_t inFlight_ = 0;
-  uint64_t movedAt_ = 0;
+  uint64_t movedAt_ = 0;  // when bytes were last taken, or began to wait
 
   // Ops to send, by place; of the first, `sentBytes_` are out.
   std::vector<uint16_t> toSend_;

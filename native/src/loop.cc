@@ -370,10 +370,13 @@ void Loop::endLane(Lane* lane) {
 
 /// A peer that is alive and does not answer holds clients up: they go on without it.
 void Loop::expireLanes() {
+  const uint64_t now = nowMicroseconds();
+  if (now - lanesCheckedAt_ < kLaneCheckMilliseconds * 1000) return;
+  lanesCheckedAt_ = now;
   Lane* stalled = nullptr;
   for (Lane* lane : lanes_) {
     const uint64_t since = lane->stalledSince();
-    if (since != 0 && nowMicroseconds() - since > kLaneStallMicroseconds) stalled = lane;
+    if (since != 0 && since + kLaneStallMicroseconds < now) stalled = lane;
   }
   if (stalled != nullptr) endLane(stalled);
 }

@@ -132,6 +132,7 @@ class Loop {
   std::vector<Lane*> lanes_;
   std::vector<Lane*> queuedLanes_;
   std::vector<Lane*> flushing_;
+  uint64_t lanesCheckedAt_ = 0;  // microseconds
   Connection* solo_ = nullptr;  // had the last turns alone
   uint32_t soloTurns_ = 0;
   uint32_t outstanding_ = 0;    // upcalls and engine jobs that will come back
