@@ -241,17 +241,22 @@ export class NativeDatapath implements Datapath {
     const read: unknown = socket.read()
     const received = read instanceof Buffer ? Buffer.concat([spec.received, read]) : spec.received
     this.#flush()
-    this.#binding.serve(
-      this.#handle,
-      exported.id,
-      session.id,
-      fd,
-      received,
-      modeNumber[spec.mode],
-      Uint32Array.from(spec.contexts),
-      spec.readOnly,
-      spec.lane ?? false,
-    )
+    try {
+      this.#binding.serve(
+        this.#handle,
+        exported.id,
+        session.id,
+        fd,
+        received,
+        modeNumber[spec.mode],
+        Uint32Array.from(spec.contexts),
+        spec.readOnly,
+        spec.lane ?? false,
+      )
+    } catch {
+      // No descriptor is left for it: the client sees its connection end, as it would have had it come a moment later.
+      queueMicrotask(() => this.#sessionEnded(session, 'error'))
+    }
     // Closes Node's descriptor only: the duplicate keeps the connection, which is not shut down.
     socket.destroy()
   }
@@ -313,16 +318,25 @@ export class NativeDatapath implements Datapath {
       const lane = this.#nextLane++
       this.#laneSets.set(lane, set)
       set.ids.push(lane)
-      const fd = descriptorOf(socket)
-      if (socket.destroyed || fd < 0) {
+      if (!this.#openLane(id, lane, thread, socket)) {
         this.#laneSets.delete(lane)
         queueMicrotask(() => set.ended())
-      } else {
-        this.#binding.openLane(this.#handle, id, lane, thread, fd)
       }
       socket.on('error', () => {}) // as in #attach
       socket.destroy()
     })
+  }
+
+  /** False where the socket is closed, or there is no descriptor left: that is the end of a lane like others. */
+  #openLane(id: ExportId, lane: number, thread: number, socket: Socket): boolean {
+    const fd = descriptorOf(socket)
+    if (socket.destroyed || fd < 0) return false
+    try {
+      this.#binding.openLane(this.#handle, id, lane, thread, fd)
+      return true
+    } catch {
+      return false
+    }
   }
 
   async #dropLanes(id: ExportId): Promise<void> {
