@@ -294,7 +294,17 @@ export class NativeDatapath implements Datapath {
       },
       hold: (id, offset, length) => this.#binding.holdBlocks(this.#handle, id, offset, length),
       release: (id, offset, length) => this.#binding.releaseBlocks(this.#handle, id, offset, length),
-      end: (session) => this.#put(COMMAND_WORD.endSession, session),
+      end: (session) => this.#endSession(session),
+    }
+  }
+
+  #endSession(id: SessionId): void {
+    const session = this.#sessions.get(id)
+    if (session?.exported.waiting.has(session)) {
+      session.spec.socket.destroy()
+      this.#sessionEnded(session, 'closed')
+    } else {
+      this.#put(COMMAND_WORD.endSession, id)
     }
   }
 
