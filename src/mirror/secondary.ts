@@ -346,14 +346,14 @@ export class Secondary {
     return assembly.content
   }
 
-  /** Nothing of any session is under way: no request, no put, no commit. */
+  /** Nothing of any session is under way: no request, no put, no commit, no write that came on a lane. */
   async #allIdle(): Promise<void> {
-    while (this.#operations > 0 || this.#puts > 0 || this.#commits.locked) {
+    do {
       await this.#operationsIdle()
       await this.#host.volume.lanes.closed()
       while (this.#puts > 0) await new Promise<void>((resolve) => this.#putsDone.push(resolve))
       await this.#commits.run(() => {})
-    }
+    } while (this.#operations > 0 || this.#puts > 0 || this.#commits.locked)
   }
 
   /** Crash rule: content, generation, `cycle` and what is no longer different become durable in one transaction. */

@@ -130,6 +130,30 @@ describe('lanes', () => {
     await expectEqual(pair)
   })
 
+  it('of an old session write nothing behind the back of the next one', async () => {
+    const { pair, client } = await mirrored()
+    const { one, two } = pair
+    const volume = two.pool.volume('data')
+    const onWay = upcalls(two)
+    let over = false
+    // Over there requests are held: a write that came on a lane is under way, and cannot be done.
+    const held = volume.quiesce(async () => {
+      const write = client.write(Buffer.alloc(4096, 7), 8192)
+      await until(() => upcalls(two) > onWay, 'it has come')
+      await one.mirrors.pause('data')
+      await write // goes on alone
+      await one.mirrors.resume('data')
+      await one.reach('data', 'negotiating')
+      // The other side is asked, and does not say how it stands before that write is over.
+      await expect(until(() => one.show('data').state !== 'negotiating', 'answered', 500)).rejects.toThrow()
+      over = true
+    })
+    await held
+    expect(over).toBe(true)
+    await one.reach('data', 'insync')
+    await expectEqual(pair)
+  })
+
   it('end before the volume gets another size, while clients write', async () => {
     const { pair } = await mirrored(2)
     const { one, two } = pair
