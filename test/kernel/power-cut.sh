@@ -4,12 +4,12 @@
 # time: the file system below recovers, the pool checks clean, the daemon opens it (under a kernel with another boot id),
 # the file system on the volume recovers and is clean, and every file is there whose fsync had ended.
 #   power-cut.sh native|portable
-# FULLSTRIPE_TEST_CUTS: how many moments (default 2).
+# FULLSTRIPE_TEST_CUTS: how many moments (default 3).
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
 datapath=${1:?which datapath: native or portable}
-cuts=${FULLSTRIPE_TEST_CUTS:-2}
+cuts=${FULLSTRIPE_TEST_CUTS:-3}
 disk_size=640M
 log_size=2G
 volume_size=$((192 * 1024 * 1024))

@@ -23,7 +23,7 @@ import { copyPool, readAll } from '../support/volumes.ts'
  *
  * FULLSTRIPE_TEST_SECONDS makes it longer, TEST_SEED repeats the load (the moments of death are the machine's).
  */
-const SECONDS = Number(process.env['FULLSTRIPE_TEST_SECONDS'] ?? 12)
+const SECONDS = Number(process.env['FULLSTRIPE_TEST_SECONDS'] ?? 18)
 const CHECK_EVERY = 4
 const LOAD_MS_MAX = 150
 const STRIPE = 4096
