@@ -12,5 +12,7 @@ export default defineConfig({
     testTimeout: 30_000,
     hookTimeout: 30_000,
     teardownTimeout: 10_000,
+    // A failure is read in a log: what it says about strings and lists is there, within reason.
+    chaiConfig: { truncateThreshold: 2_000 },
   },
 })

@@ -139,13 +139,13 @@ export class Secondary {
     switch (message.type) {
       case MESSAGE.hello:
         return this.#answer(control, message, async () =>
-          json(await this.#meet(readPrimaryHello(message.payload))),
+          json(await this.#meet(control, readPrimaryHello(message.payload))),
         )
       case MESSAGE.commit:
-        return this.#confirm(control, message, () => this.#commit(readCommit(message.payload)))
+        return this.#confirm(control, message, () => this.#commit(control, readCommit(message.payload)))
       case MESSAGE.handOver:
         return this.#confirm(control, message, async () => {
-          await this.#commit({ ...readCommit(message.payload), follow: false })
+          await this.#commit(control, { ...readCommit(message.payload), follow: false })
           this.#following = false
           this.#endLanes()
           await this.#host.volume.lanes.closed()
@@ -224,12 +224,17 @@ export class Secondary {
 
   // ---- hello
 
-  async #meet(hello: PrimaryHello): Promise<RemoteHello> {
+  /** Concurrency rule: it is answered when nothing of the time before is under way, or can begin. */
+  async #meet(control: Channel, hello: PrimaryHello): Promise<RemoteHello> {
     const { volume, stored } = this.#host
     this.#hello = hello
-    this.#endLanes()
-    await this.#allIdle() // of the time when the sides were equal, and of earlier sessions
-    this.#following = false
+    do {
+      this.#following = false
+      this.#endLanes()
+      await this.#allIdle()
+      if (this.#control !== control)
+        throw new LinkError('CHANNEL_CLOSED', 'the session of this hello is over')
+    } while (this.#following) // a commit of the time before said so
     this.#assemblies.clear()
     this.#assemblyBytes = 0
     if (stored.record.role === 'primary') {
@@ -348,20 +353,21 @@ export class Secondary {
 
   /** Nothing of any session is under way: no request, no put, no commit, no write that came on a lane. */
   async #allIdle(): Promise<void> {
-    do {
+    const { lanes } = this.#host.volume
+    while (this.#operations > 0 || this.#puts > 0 || this.#commits.locked || lanes.closing) {
       await this.#operationsIdle()
-      await this.#host.volume.lanes.closed()
+      await lanes.closed()
       while (this.#puts > 0) await new Promise<void>((resolve) => this.#putsDone.push(resolve))
       await this.#commits.run(() => {})
-    } while (this.#operations > 0 || this.#puts > 0 || this.#commits.locked)
+    }
   }
 
   /** Crash rule: content, generation, `cycle` and what is no longer different become durable in one transaction. */
-  #commit(info: CommitInfo): Promise<void> {
-    return this.#commits.run(() => this.#commitAlone(info))
+  #commit(control: Channel, info: CommitInfo): Promise<void> {
+    return this.#commits.run(() => this.#commitAlone(control, info))
   }
 
-  async #commitAlone(info: CommitInfo): Promise<void> {
+  async #commitAlone(control: Channel, info: CommitInfo): Promise<void> {
     const { volume, book, stored } = this.#host
     if (this.#puts > 0) throw new LinkError('BAD_FRAME', 'a commit while something is put')
     if (stored.record.role !== 'secondary') throw new LinkError('BAD_FRAME', 'this side is primary')
@@ -389,8 +395,10 @@ export class Secondary {
       this.#stage?.drop()
       this.#stage = undefined
       this.#stageToken = ''
-      this.#following = true
-      await this.#serveLanes()
+      if (this.#control === control) {
+        this.#following = true
+        await this.#serveLanes(control)
+      }
     }
     this.#host.onCommit(info, bytes)
   }
@@ -425,11 +433,10 @@ export class Secondary {
     return { count: sockets.length, tokens: [] }
   }
 
-  async #serveLanes(): Promise<void> {
+  async #serveLanes(control: Channel): Promise<void> {
     const lanes = this.#lanes
     this.#lanes = undefined
     if (lanes === undefined) return
-    const control = this.#control
     const { volume } = this.#host
     // The primary does without, and learns so from their end, where they did not come.
     const sockets = await lanes.catch(() => [])
@@ -449,7 +456,9 @@ export class Secondary {
       },
       () => {},
     )
-    void this.#host.volume.lanes.close()
+    // Others that there are belong to a mirror of which this side is primary.
+    const { lanes: served } = this.#host.volume
+    if (served.serving) void served.close()
   }
 
   #operate(control: Channel, payload: Buffer): Promise<void> {

@@ -54,6 +54,11 @@ export class VolumeLanes {
     return this.#state === 'none' && !this.#shut
   }
 
+  /** Whether there are some that are about to end. */
+  get closing(): boolean {
+    return this.#state === 'closing'
+  }
+
   /** Resolves when there are none, and none are about to end. */
   closed(): Promise<void> {
     return this.#closing

@@ -17,6 +17,7 @@ import type { MirrorAddOptions, MirrorInfo } from '../../src/mirror/types.ts'
 import { NbdClient } from '../../src/nbd/client.ts'
 import { COMMAND_FLAG } from '../../src/nbd/constants.ts'
 import { createPool } from '../../src/volume/pool.ts'
+import { answers } from '../nbd/servers.ts'
 import { Side } from '../support/mirror-pair.ts'
 import { isPending, until } from '../support/poll.ts'
 import { Random } from '../support/random.ts'
@@ -72,9 +73,9 @@ class Target {
     child.stderr?.on('data', (chunk: Buffer) => {
       words += chunk.toString()
     })
-    await until(() => {
+    await until(async () => {
       if (child.exitCode !== null) throw new Error(`${program}: ${words}`)
-      return existsSync(this.socket)
+      return await answers(this.socket)
     }, `${program} listens`)
   }
 

@@ -26,7 +26,8 @@ export function temporaryDirectory(): string {
   return directory
 }
 
-function answers(path: string): Promise<boolean> {
+/** Whether somebody accepts connections there: the socket is in the file system before it listens. */
+export function answers(path: string): Promise<boolean> {
   return new Promise((resolve) => {
     const socket = connect({ path })
     socket.once('connect', () => {
