@@ -31,6 +31,9 @@ import { Rounds } from '../base/rounds.ts'
  *     No sync is tried again after one that failed: the kernel may have forgotten what it could not write.
  *  4. A file is taken into use again only after LMDB has committed every frame in it.
  *  5. Both files are written in full when they are made, so an append never needs space.
+ *  6. A frame that failed to be written does not count before anybody learns of the failure. Some of it may be all of it, where
+ *     the rest is what lay there before: then it is overwritten. Where that fails, too, the journal fails for good, and nothing may be
+ *     changed any more: whoever reads it next does what the frame says.
  */
 
 export const CHANGE_RECORD_SIZE = 24
@@ -149,6 +152,7 @@ export class Journal {
   readonly #identity: JournalIdentity
   readonly #syncs = new Rounds(() => this.#syncSides())
   #syncFailed: StoreError | undefined
+  #failure: StoreError | undefined
   #active: 0 | 1 = 0
   #sequence = 0
   #lastChange = 0
@@ -169,6 +173,11 @@ export class Journal {
 
   get lastSequence(): number {
     return this.#sequence
+  }
+
+  /** A frame that failed may be found by the next recovery: from then on whatever contradicts it must not be done. */
+  get failure(): StoreError | undefined {
+    return this.#failure
   }
 
   /** Of the newest frame with changes; marks behind it need no mark of their own. */
@@ -263,7 +272,7 @@ export class Journal {
   /**
    * Appends one frame. It survives the death of this process from the moment this returns.
    * @returns its sequence
-   * @throws StoreError MEMBER_IO when the file cannot be written; the frame then does not count
+   * @throws StoreError MEMBER_IO when the file cannot be written; the frame then does not count, unless the journal has failed
    */
   append(changes: readonly Change[]): number {
     assert(
@@ -332,6 +341,7 @@ export class Journal {
   }
 
   #write(kind: number, payload: Buffer): number {
+    if (this.#failure !== undefined) throw this.#failure
     const size = alignFrame(payload.length)
     let side = this.#sides[this.#active]
     if (side.end + size > side.file.size) {
@@ -354,15 +364,28 @@ export class Journal {
     try {
       side.file.write(frame, side.end)
     } catch (error) {
-      throw new StoreError('MEMBER_IO', `journal: write failed at ${side.end}: ${messageOf(error)}`, {
-        cause: error,
-      })
+      throw this.#takeBack(side, frame, error)
     }
     this.#sequence = sequence
     side.end += size
     side.lastSequence = sequence
     side.unsynced = true
     return sequence
+  }
+
+  /** Rule 6. @returns what to tell of it */
+  #takeBack(side: Side, frame: Buffer, cause: unknown): StoreError {
+    const what = `journal: write failed at ${side.end}: ${messageOf(cause)}`
+    try {
+      const found = Buffer.alloc(frame.length)
+      side.file.read(found, side.end)
+      if (found.equals(frame)) side.file.write(Buffer.alloc(frame.length), side.end)
+    } catch (error) {
+      const text = `${what}; what is there all the same could not be taken back: ${messageOf(error)}`
+      this.#failure = new StoreError('MEMBER_IO', text, { cause })
+      return this.#failure
+    }
+    return new StoreError('MEMBER_IO', what, { cause })
   }
 
   #begin(side: Side, epoch: number): void {

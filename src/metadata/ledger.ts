@@ -24,7 +24,7 @@ import type { Commit, TransactionalStore } from './store.ts'
  *     flush, record and commit is refused, and nothing is promised that may not be there. A sync is not tried again, because
  *     the second one would succeed without having written anything; and the syncs of flushes and checkpoints never overlap,
  *     because the kernel tells an error to one of them only. The journal is told, so that a restart counts as a
- *     power cut (journal.ts). An I/O error of LMDB, or of a mark, fails the ledger too, because nobody knows what is stored; but
+ *     power cut (journal.ts). An I/O error of LMDB, of a mark, or of a frame that cannot be taken back, fails the ledger too, because nobody knows what is stored; but
  *     the page cache of members and journal is as good as ever, and a restart finds every answered write there. Where LMDB
  *     just has no room, the commit is tried again.
  */
@@ -261,6 +261,8 @@ export class Ledger {
       try {
         sequence = journal.append(changes)
       } catch (error) {
+        // In this turn, before anybody acts as if the frame were not there (journal.ts, rule 6).
+        if (journal.failure !== undefined) this.#fail(error)
         for (const waiting of batch) waiting.reject(error)
         continue
       }

@@ -29,6 +29,8 @@ class MemoryFile implements JournalFile {
   content: Buffer
   synced: Buffer
   failing = false
+  /** What a write that fails does all the same, of the bytes that it has. */
+  torn: (length: number) => number = () => 0
   readonly size: number
   constructor(size: number) {
     this.size = size
@@ -39,7 +41,10 @@ class MemoryFile implements JournalFile {
     this.content.copy(target, 0, position, position + target.length)
   }
   write(source: Buffer, position: number): void {
-    if (this.failing) throw new Error('no such luck')
+    if (this.failing) {
+      source.copy(this.content, position, 0, this.torn(source.length))
+      throw new Error('no such luck')
+    }
     source.copy(this.content, position)
   }
   async sync(): Promise<void> {
@@ -171,6 +176,54 @@ describe('journal', () => {
         .recover(0)
         .changes.map((c) => c.first),
     ).toEqual([1, 3])
+  })
+
+  it('does not count a frame of which only the end is missing, where the end is what was there before', async () => {
+    // The last eight bytes of this one are zeros, as those of a file that nobody has written to.
+    const changes = [change(2), { ...change(3), op: CHANGE.released, slot: 0 }]
+    const files = memoryPair()
+    const journal = await started(files)
+    journal.append([change(1)])
+    let failures = 0
+    files[0].torn = (length) => {
+      if (++failures === 1) files[0].failing = false // the next write is one that succeeds
+      return length - 8
+    }
+    files[0].failing = true
+    expect(() => journal.append(changes)).toThrow(/write failed/)
+    expect(failures).toBe(1)
+    expect(journal.failure).toBeUndefined()
+    const found = reopened(files).recover(0)
+    expect(found.changes.map((c) => c.first)).toEqual([1])
+    expect(found.lastSequence).toBe(1)
+    expect(journal.append([change(4)])).toBe(2)
+  })
+
+  it('fails for good where such a frame cannot be taken back', async () => {
+    const changes = [change(2), { ...change(3), op: CHANGE.released, slot: 0 }]
+    const files = memoryPair()
+    const journal = await started(files)
+    journal.append([change(1)])
+    let failures = 0
+    files[0].torn = (length) => (++failures === 1 ? length - 8 : 0)
+    files[0].failing = true
+    expect(() => journal.append(changes)).toThrow(/could not be taken back/)
+    files[0].failing = false
+    // Whoever reads it does what the frame says: so nothing else may be said.
+    expect(
+      reopened(files)
+        .recover(0)
+        .changes.map((c) => c.first),
+    ).toEqual([1, 2, 3])
+    for (const write of [
+      () => journal.append([change(4)]),
+      () => journal.mark(1),
+      () => journal.distrust(),
+    ]) {
+      expect(write).toThrow(/could not be taken back/)
+    }
+    expect(journal.failure).toMatchObject({ code: 'MEMBER_IO' })
+    expect(reopened(files).recover(0).lastSequence).toBe(2)
   })
 
   it('refuses the files of another pool and of a newer version', async () => {

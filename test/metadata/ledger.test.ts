@@ -39,9 +39,20 @@ let store: MetadataStore
 let journal: Journal
 let tables: VolumeTables
 let ledger: Ledger
+/** While it is there writes to the journal fail, and do this many bytes all the same. */
+let tear: ((length: number) => number) | undefined
 
 function openJournal(bootId = BOOT): Journal {
-  const files = [0, 1].map((i) => openJournalFile(join(directory, `journal-${i}`)))
+  const files = [0, 1].map((i) => {
+    const file = openJournalFile(join(directory, `journal-${i}`))
+    const write = (source: Buffer, position: number): void => {
+      const written = tear?.(source.length)
+      file.write(source.subarray(0, written), position)
+      if (written === undefined) return
+      throw Object.assign(new Error('EIO: i/o error, write'), { code: 'EIO' })
+    }
+    return { ...file, write }
+  })
   return new Journal([files[0]!, files[1]!], { pool: pool.uuid, bootId })
 }
 
@@ -54,6 +65,7 @@ beforeEach(async () => {
   await journal.start(0)
   tables = new VolumeTables(1, SHAPE)
   steps = []
+  tear = undefined
   syncMembers = async () => {
     steps.push('sync')
   }
@@ -300,6 +312,35 @@ describe('ledger', () => {
     await expect(ledger.flush()).rejects.toThrow(/takes no changes/)
     journal.mark = mark
     expect(openJournal().recover(0)).toMatchObject({ dropped: 0 })
+  })
+
+  it('goes on after a frame that failed, none of which counts', async () => {
+    tear = (length) => {
+      tear = undefined
+      return length - 8 // which are zeros, as is what lies there
+    }
+    await expect(format(1)).rejects.toThrow(/write failed/)
+    expect(ledger.failure).toBeUndefined()
+    expect(openJournal().recover(0).changes).toEqual([])
+    await format(2)
+    const recovered = openJournal().recover(0)
+    expect(recovered.changes.filter(({ op }) => op === CHANGE.slots).map(({ first }) => first)).toEqual([2])
+  })
+
+  it('fails before anybody learns of a frame that failed and counts all the same', async () => {
+    let writes = 0
+    tear = (length) => (++writes === 1 ? length - 8 : 0)
+    await format(1).catch(() => steps.push('refused'))
+    expect(steps).toEqual([expect.stringMatching(/^sync: .*could not be taken back: EIO/), 'refused'])
+    tear = undefined
+    await expect(format(2)).rejects.toThrow(/takes no changes/)
+    await expect(ledger.commit({})).rejects.toThrow(/takes no changes/)
+    await expect(ledger.flush()).rejects.toThrow(/takes no changes/)
+    expect(
+      openJournal()
+        .recover(0)
+        .changes.filter(({ op }) => op === CHANGE.slots),
+    ).toMatchObject([{ first: 1 }])
   })
 
   it('leaves the journal trusted when LMDB fails', async () => {

@@ -35,6 +35,12 @@ describe('simulation', () => {
     expect(totals.answered).toBeGreaterThan(FIXED_SEEDS * 50)
   }, 300_000)
 
+  // Frames of the journal that failed and counted all the same.
+  it.each([1_005_518, 1_016_175, 16_619_149])('nor does it with seed %i', async (seed) => {
+    const totals = await runCampaign({ from: seed, to: seed, failuresMax: 1 })
+    expect(await told(totals.failures)).toEqual([])
+  })
+
   it('nor with any other seed, while there is time', async () => {
     const from = Date.now() % 2 ** 31
     const forMs = Math.max(OTHERS_MS_MIN, BUDGET_MS - usedMs)
