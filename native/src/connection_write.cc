@@ -167,6 +167,7 @@ bool Connection::writeOnLane(bool* torn) {
     // A write that failed is made again by the policy, which knows what to do with the failure.
     *torn = direct;
     target_.claims->give(writeOffset_, gathered_);
+    target_.claims->leave(writeOffset_, gathered_);
     return false;
   }
   counters().inPlaceWrites.add(1);
@@ -185,7 +186,7 @@ bool Connection::writeOnLane(bool* torn) {
   payload_ = nullptr;
   phase_ = Phase::Header;
   inFlight_++;
-  lane->begin(call, loop_.beginAccess());
+  lane->begin(call);
   return true;
 }
 

@@ -116,7 +116,7 @@ void Datapath::retable(uint32_t id, double tag, const Tables& tables) {
   Export& target = *exports_.at(id);
   // Each access loads the pointer once; those that began before are over when the barrier has been passed.
   const Tables* retired = target.tables.exchange(new Tables(tables), std::memory_order_acq_rel);
-  barrier(tag, retired);
+  barrier(tag, retired, nullptr);
   sendBatches();
 }
 
@@ -161,6 +161,12 @@ bool Datapath::holdBlocks(uint32_t exportId, uint64_t offset, uint64_t length) {
 
 void Datapath::releaseBlocks(uint32_t exportId, uint64_t offset, uint64_t length) {
   exports_.at(exportId)->claims->release(offset, length);
+}
+
+bool Datapath::blocksBusy(uint32_t exportId, uint64_t offset, uint64_t length) {
+  const auto found = exports_.find(exportId);
+  if (found == exports_.end() || found->second->claims == nullptr) return false;
+  return found->second->claims->busy(offset, length);
 }
 
 void Datapath::settleClose(Export& target) {
@@ -213,7 +219,7 @@ void Datapath::sendBatches() {
   }
 }
 
-void Datapath::barrier(double tag, const Tables* retired) {
+void Datapath::barrier(double tag, const Tables* retired, Export* lanesOf) {
   Barrier* barrier = new Barrier;
   barrier->tag = tag;
   barrier->retired = retired;
@@ -227,6 +233,7 @@ void Datapath::barrier(double tag, const Tables* retired) {
     LoopCommand command{};
     command.kind = LoopCommand::Kind::Barrier;
     command.barrier = barrier;
+    command.target = lanesOf;
     post(loop, command);
   }
   if (rangeEpochs_.size() == 1 && rangeEpochs_.back() == 0) {
@@ -260,6 +267,7 @@ const double* Datapath::submitOne(const double* at, const double* end, TaskList&
   switch (kind) {
     case kComplete: {
       Upcall* upcall = release(take());
+      if (upcall->counted) upcall->target->claims->leave(upcall->offset, upcall->length);
       if (upcall->connection == nullptr) {
         take();
         Export& target = *upcall->target;
@@ -311,9 +319,12 @@ const double* Datapath::submitOne(const double* at, const double* end, TaskList&
       submitPunch(shared_, tag, slot, static_cast<uint32_t>(take()));
       return at;
     }
-    case kBarrier:
-      barrier(take(), nullptr);
+    case kBarrier: {
+      const double tag = take();
+      const auto lanesOf = exports_.find(static_cast<uint32_t>(take()));
+      barrier(tag, nullptr, lanesOf == exports_.end() ? nullptr : lanesOf->second.get());
       return at;
+    }
     case kCloseExport: {
       const double tag = take();
       Export& target = *exports_.at(static_cast<uint32_t>(take()));

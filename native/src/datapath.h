@@ -10,7 +10,7 @@
 //   3 write part    tag, index, stripe, slot
 //   4 sync          tag
 //   5 punch         tag, slot, count
-//   6 barrier       tag                               4 lane end     lane
+//   6 barrier       tag, export or 0: of its lanes    4 lane end     lane
 //   7 close export  tag, export
 //   8 drop lane     lane
 //   9 end session   session
@@ -62,6 +62,7 @@ class Datapath {
   /// See Claims.
   bool holdBlocks(uint32_t exportId, uint64_t offset, uint64_t length);
   void releaseBlocks(uint32_t exportId, uint64_t offset, uint64_t length);
+  bool blocksBusy(uint32_t exportId, uint64_t offset, uint64_t length);
   /// Answers a status upcall: context, n, then length and flags n times; for each context.
   void completeStatus(uint32_t index, const double* words, size_t count);
   /// An upcall without a connection; returns its index. `data` (null for trim and zero) is read until it is completed.
@@ -87,7 +88,8 @@ class Datapath {
   Upcall* outstanding(double index);
   Upcall* release(double index);
   const double* submitOne(const double* at, const double* end, TaskList& parts);
-  void barrier(double tag, const Tables* retired);
+  /// @param lanesOf whose writes on lanes are waited for, too; or null
+  void barrier(double tag, const Tables* retired, Export* lanesOf);
   void post(uint32_t loop, const LoopCommand& command);
   void sendBatches();
   /// Forgets an export that is being closed as soon as nothing is left of it.

@@ -15,7 +15,7 @@
 namespace {
 
 /// Raised with every change of the commands, events or arguments; src/datapath/native.ts refuses another.
-constexpr double kBindingVersion = 3;
+constexpr double kBindingVersion = 4;
 
 struct Handle {
   std::unique_ptr<nbd::Datapath> datapath;
@@ -205,6 +205,15 @@ Napi::Value releaseBlocks(const Napi::CallbackInfo& info) {
   return info.Env().Undefined();
 }
 
+/// (handle, export, offset, length): whether something in the range is on a lane
+Napi::Value blocksBusy(const Napi::CallbackInfo& info) {
+  nbd::Datapath* datapath = datapathOf(info);
+  if (datapath == nullptr) return info.Env().Undefined();
+  const bool busy = datapath->blocksBusy(word(info, 1), static_cast<uint64_t>(number(info, 2)),
+                                         static_cast<uint64_t>(number(info, 3)));
+  return Napi::Boolean::New(info.Env(), busy);
+}
+
 /// (handle, words, count)
 Napi::Value submit(const Napi::CallbackInfo& info) {
   if (nbd::Datapath* datapath = datapathOf(info)) {
@@ -352,6 +361,7 @@ Napi::Object initialise(Napi::Env env, Napi::Object exports) {
   exports.Set("setLanes", Napi::Function::New(env, setLanes));
   exports.Set("holdBlocks", Napi::Function::New(env, holdBlocks));
   exports.Set("releaseBlocks", Napi::Function::New(env, releaseBlocks));
+  exports.Set("blocksBusy", Napi::Function::New(env, blocksBusy));
   exports.Set("submit", Napi::Function::New(env, submit));
   exports.Set("completeStatus", Napi::Function::New(env, completeStatus));
   exports.Set("adopt", Napi::Function::New(env, adopt));

@@ -24,7 +24,7 @@ constexpr int kSendParts = 64;  // two an operation
 Lane::Lane(Loop& loop, Export& target, int fd, uint32_t id) : loop_(loop), target_(target), fd_(fd), id_(id) {}
 
 Lane::~Lane() {
-  NBD_ASSERT(inFlight_ == 0);
+  NBD_ASSERT(inFlight_ == 0 && fences_.empty());
   // Whoever gave the socket may still have it: closing it here is then not enough for epoll to forget this lane.
   epoll_ctl(loop_.epollFd(), EPOLL_CTL_DEL, fd_, nullptr);
   ::close(fd_);
@@ -48,7 +48,7 @@ void Lane::wantWritable(bool wanted) {
 
 // --- to the peer ---------------------------------------------------------------------------------------------------
 
-void Lane::begin(Upcall* call, uint64_t epoch) {
+void Lane::begin(Upcall* call) {
   NBD_ASSERT(!full() && call->length <= kLaneBytesMax);
   uint16_t place;
   if (free_.empty()) {
@@ -62,7 +62,8 @@ void Lane::begin(Upcall* call, uint64_t epoch) {
   const uint32_t low = uint32_t{++serial_} << 16 | place;
   const uint32_t sum = laneChecksum(0, low, call->offset, call->length, call->payload->data());
   op.call = call;
-  op.epoch = epoch;
+  op.epoch = epochFirst_ + epochs_.size() - 1;
+  epochs_.back()++;
   op.sentAt = 0;
   op.cookie = uint64_t{sum} << 32 | low;
   uint8_t* at = put32(op.header, kRequestMagic);
@@ -126,7 +127,7 @@ bool Lane::flush() {
   return true;
 }
 
-/// One answer that never comes holds up a client, and every barrier: that others come does not make up for it.
+/// One answer that never comes holds up a client, and every barrier of the export: that others come does not make up for it.
 uint64_t Lane::stalledSince() const {
   if (inFlight_ == 0) return 0;
   uint64_t since = toSendAt_ < toSend_.size() ? movedAt_ : ~uint64_t{0};
@@ -173,21 +174,42 @@ bool Lane::settle(uint32_t error, uint64_t cookie) {
   Upcall* const call = op.call;
   release(op);
   if (error == kOk) {
+    target_.claims->leave(call->offset, call->length);
     call->connection->complete(call, kOk);
     loop_.giveUpcall(call);
   } else {
-    call->half = true;
-    loop_.queueUpcall(call);
+    giveUp(call);
   }
   return true;
 }
 
 void Lane::release(Op& op) {
   target_.claims->give(op.call->offset, op.call->length);
-  loop_.endAccess(op.epoch);
+  NBD_ASSERT(op.epoch >= epochFirst_ && epochs_[op.epoch - epochFirst_] > 0);
+  epochs_[op.epoch - epochFirst_]--;
   op.call = nullptr;
   free_.push_back(static_cast<uint16_t>(&op - ops_.data()));
   inFlight_--;
+  if (!fences_.empty()) settleFences();
+}
+
+void Lane::fence(Barrier* barrier) {
+  if (inFlight_ == 0) return;
+  // Whoever asks has not passed it yet, so it is still there.
+  barrier->remaining.fetch_add(1, std::memory_order_relaxed);
+  fences_.push_back({epochFirst_ + epochs_.size() - 1, barrier});
+  epochs_.push_back(0);
+}
+
+void Lane::settleFences() {
+  while (epochs_.size() > 1 && epochs_.front() == 0) {
+    epochs_.pop_front();
+    epochFirst_++;
+  }
+  while (!fences_.empty() && fences_.front().epoch < epochFirst_) {
+    loop_.passLater(fences_.front().barrier);
+    fences_.pop_front();
+  }
 }
 
 // --- end -----------------------------------------------------------------------------------------------------------
@@ -202,9 +224,15 @@ void Lane::end() {
     if (op.call == nullptr) continue;
     Upcall* const call = op.call;
     release(op);
-    call->half = true;
-    loop_.queueUpcall(call);
+    giveUp(call);
   }
+}
+
+/// It counts (Claims) until the policy, which sees it later than this, has answered it.
+void Lane::giveUp(Upcall* call) {
+  call->half = true;
+  call->counted = true;
+  loop_.queueUpcall(call);
 }
 
 void Lane::abandon() {

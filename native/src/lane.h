@@ -10,11 +10,13 @@
 // serves the lane checks it before anything is written, and a reply has to carry all of it.
 //
 // What always holds:
-//  - From the look at the direct bits to the answer or the upcall, a write counts as a member access: barriers wait for it.
+//  - From the answer here to the answer there, or the upcall, a write belongs to an epoch of its lane: barriers of its export wait for
+//    it, and no others. A peer that does not answer holds up nobody but its own volume.
 //  - A lane that was lost says so (event LaneEnd) before the upcalls of what was on its way, in one batch.
 //  - The payload is charged to its connection until the end, so clients bound what is on a lane.
 #pragma once
 
+#include <deque>
 #include <vector>
 
 #include "crc32c.h"
@@ -48,7 +50,9 @@ class Lane {
   bool attach();
   bool full() const { return inFlight_ >= kOpsMax; }
   /// Sends the write, which was made here and whose blocks are taken; at the latest when the loop's turn ends.
-  void begin(Upcall* call, uint64_t epoch);
+  void begin(Upcall* call);
+  /// The barrier is passed once more when nothing is on the way that is now. Nothing is on the way: no.
+  void fence(Barrier* barrier);
   /// Takes replies, and sends on. False: it has ended.
   bool onEvent(uint32_t events);
   bool flush();
@@ -77,6 +81,8 @@ class Lane {
   bool receive();
   bool settle(uint32_t error, uint64_t cookie);
   void release(Op& op);
+  void giveUp(Upcall* call);
+  void settleFences();
   void wantWritable(bool wanted);
 
   Loop& loop_;
@@ -97,6 +103,15 @@ class Lane {
 
   uint8_t input_[4096];
   size_t inputSize_ = 0;
+
+  // What is on the way, by epoch; a fence starts a new one.
+  struct Fence {
+    uint64_t epoch;
+    Barrier* barrier;
+  };
+  std::deque<uint64_t> epochs_{0};
+  uint64_t epochFirst_ = 0;
+  std::deque<Fence> fences_;
 };
 
 }  // namespace nbd

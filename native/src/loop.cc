@@ -289,6 +289,9 @@ void Loop::carryOut(const LoopCommand& command) {
       giveUpcall(command.upcall);
       return;
     case LoopCommand::Kind::Barrier:
+      for (Lane* lane : lanes_) {
+        if (&lane->target() == command.target) lane->fence(command.barrier);
+      }
       // What is in flight now belongs to epochs up to this one.
       barriers_.push_back({epochFirst_ + epochs_.size() - 1, command.barrier});
       epochs_.push_back(0);
@@ -428,6 +431,8 @@ void Loop::endAccess(uint64_t epoch) {
 }
 
 void Loop::settleBarriers() {
+  for (Barrier* barrier : passed_) shared_.pass(barrier);
+  passed_.clear();
   if (barriers_.empty()) return;
   while (epochs_.size() > 1 && epochs_.front() == 0) {
     epochs_.pop_front();
@@ -505,6 +510,8 @@ void Loop::finishStopping() {
   connections_.clear();
   dead_.clear();
   if (!events_.empty()) shared_.events.push(events_);
+  for (Barrier* barrier : passed_) shared_.pass(barrier);
+  passed_.clear();
   while (!barriers_.empty()) {
     shared_.pass(barriers_.front().barrier);
     barriers_.pop_front();

@@ -31,7 +31,8 @@ struct LoopCommand {
   Upcall* upcall = nullptr;          // Complete, CompleteStatus
   std::vector<uint8_t>* body = nullptr;  // CompleteStatus: the reply chunks' bytes, see datapath.cc
   Barrier* barrier = nullptr;
-  Export* target = nullptr;  // CloseExport; it may be gone by the time, so it is compared and nothing else
+  // CloseExport; Barrier: of that export's lanes, too, or null. It may be gone by the time, so it is compared and nothing else.
+  Export* target = nullptr;
   Lane* lane = nullptr;      // AddLane
   uint32_t id = 0;           // DropLane, EndSession
 };
@@ -81,6 +82,8 @@ class Loop {
   void linger(Connection* connection);
   /// Sends what the lane has, before the loop sleeps.
   void queueLane(Lane* lane);
+  /// What this turn has found comes before it.
+  void passLater(Barrier* barrier) { passed_.push_back(barrier); }
   /// What the kernel is told to say when a lane has an event: connections are their own address.
   static uint64_t eventOf(const Lane* lane) { return reinterpret_cast<uintptr_t>(lane) | 1; }
 
@@ -149,6 +152,7 @@ class Loop {
   std::deque<uint64_t> epochs_{0};
   uint64_t epochFirst_ = 0;
   std::deque<Waiting> barriers_;
+  std::vector<Barrier*> passed_;  // in this turn, by lanes
 };
 
 }  // namespace nbd

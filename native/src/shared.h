@@ -58,6 +58,7 @@ struct Upcall {
   uint64_t charged = 0;  // payload bytes counted against the limits
   bool piece = false;    // of a write whose payload is still being received: not answered
   bool half = false;     // made here; whether the other side of a mirror has it is not known (lane.h)
+  bool counted = false;  // in the claims of its export, until it is answered
   bool lane = false;     // came over a peer's lane
   uint32_t session = 0;
   Upcall* next = nullptr;

@@ -157,8 +157,8 @@ export interface FormatUnit {
  * serves it as a session (`SessionSpec.lane`).
  *
  * Where an export forwards, a write whose direct bits are all 1 is made in place and on the lane at the same time, and answered
- * when both are done; it counts as a member access until then, so barriers wait for it. Whatever is no case for a lane is an upcall,
- * as without direct bits. What is on a lane that ends becomes an upcall that says `half`.
+ * when both are done; barriers of the export (`Datapath.barrier`) wait for it, and no others do. Whatever is no case for a lane is an
+ * upcall, as without direct bits. What is on a lane that ends becomes an upcall that says `half`.
  */
 export interface Lanes {
   /** Lanes that an export has: one for each I/O thread. */
@@ -176,10 +176,15 @@ export interface Lanes {
   restrict(id: ExportId, on: boolean): void
   /**
    * Keeps lanes out of what the policy is about to change on both sides, until `release` of the same range.
-   * @returns whether a lane is there already: the policy waits for a barrier
+   * @returns whether a lane is there already: the policy waits for a barrier of the export
    */
   hold(id: ExportId, offset: number, length: number): boolean
   release(id: ExportId, offset: number, length: number): void
+  /**
+   * Whether a write in the range is on its way, of those that began before a barrier that was passed; perhaps also where it is
+   * somewhere else.
+   */
+  busy(id: ExportId, offset: number, length: number): boolean
   /** Takes no more requests of a session; its `onClose` follows when those in flight are answered. */
   end(session: SessionId): void
 }
@@ -235,7 +240,11 @@ export interface Datapath {
   /** Gives the space of free slots [slot, slot + count) back to the file system; false where that is not possible. */
   punch(slot: number, count: number): Promise<boolean>
 
-  barrier(): Promise<void>
+  /**
+   * Resolves when every member access that began before is over; upcalls of what could not be done in place have arrived by then.
+   * @param lanesOf an export whose writes on lanes are over then, too: for as long as its peer may take
+   */
+  barrier(lanesOf?: ExportId): Promise<void>
 
   exportCounters(id: ExportId): ExportCounters
   memberCounters(): readonly MemberCounters[]

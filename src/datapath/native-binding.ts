@@ -74,6 +74,7 @@ export interface Binding {
   setLanes(handle: NativeHandle, exportId: number, forwards: boolean, lanesOnly: boolean): void
   holdBlocks(handle: NativeHandle, exportId: number, offset: number, length: number): boolean
   releaseBlocks(handle: NativeHandle, exportId: number, offset: number, length: number): void
+  blocksBusy(handle: NativeHandle, exportId: number, offset: number, length: number): boolean
   submit(handle: NativeHandle, words: Numbers, count: number): void
   completeStatus(handle: NativeHandle, upcallIndex: number, words: Numbers): void
   /** Returns the upcall's index. `kind` as in upcall events; the addon reads `payload` until the upcall is completed. */
@@ -122,7 +123,7 @@ export const RECORD_WORDS = 10
 export const EXPORT_COUNTERS = 13
 export const MEMBER_COUNTERS = 5
 
-const bindingVersion = 3
+const bindingVersion = 4
 
 export type NativeLoad =
   | { readonly ok: true; readonly binding: Binding }

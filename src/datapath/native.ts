@@ -68,6 +68,7 @@ const engineNumber = { auto: 0, io_uring: 1, threads: 2 } as const
 const noContexts: readonly number[] = []
 const wordsAtStart = 16 * 1024
 const recordsPerDrain = 1024
+const NO_EXPORT = 0
 
 export class NativeDatapath implements Datapath {
   readonly description: DatapathDescription
@@ -90,7 +91,7 @@ export class NativeDatapath implements Datapath {
   #words = new Float64Array(wordsAtStart)
   #wordCount = 0
   #flushPlanned = false
-  #barrier: Promise<void> | null = null // the one that has not crossed yet
+  readonly #barriers = new Map<ExportId, Promise<void>>() // those that have not crossed yet
 
   readonly #pending: (PendingCommand | undefined)[] = [] // by tag
   readonly #freeTags: number[] = []
@@ -294,6 +295,7 @@ export class NativeDatapath implements Datapath {
       },
       hold: (id, offset, length) => this.#binding.holdBlocks(this.#handle, id, offset, length),
       release: (id, offset, length) => this.#binding.releaseBlocks(this.#handle, id, offset, length),
+      busy: (id, offset, length) => this.#binding.blocksBusy(this.#handle, id, offset, length),
       end: (session) => this.#endSession(session),
     }
   }
@@ -518,10 +520,13 @@ export class NativeDatapath implements Datapath {
   }
 
   /** Barriers of one turn are one. */
-  barrier(): Promise<void> {
+  barrier(lanesOf: ExportId = NO_EXPORT): Promise<void> {
     if (this.#closed) return Promise.resolve()
-    this.#barrier ??= this.#command((tag) => this.#put(COMMAND_WORD.barrier, tag)).then(() => {})
-    return this.#barrier
+    const planned = this.#barriers.get(lanesOf)
+    if (planned !== undefined) return planned
+    const barrier = this.#command((tag) => this.#put(COMMAND_WORD.barrier, tag, lanesOf)).then(() => {})
+    this.#barriers.set(lanesOf, barrier)
+    return barrier
   }
 
   // ---------------------------------------------------------------------------------------- counters
@@ -609,7 +614,7 @@ export class NativeDatapath implements Datapath {
     if (this.#wordCount === 0) return
     const count = this.#wordCount
     this.#wordCount = 0
-    this.#barrier = null
+    this.#barriers.clear()
     this.#binding.submit(this.#handle, this.#words, count)
   }
 

@@ -25,6 +25,9 @@ import { CHANGE, type Change } from '../metadata/journal.ts'
  *
  * The number of marks on the disk has the same bound as the set: a place is free when the `cool` is in the journal, and what
  * is recorded into that place later reaches the disk no earlier.
+ *
+ * A region where a write is on its way to the other side of a mirror (`isBusy`) does not cool either: after a crash nobody would know that
+ * the sides may differ there. Nobody waits for that peer, who may take long, as long as another region can cool.
  */
 export type RegionState = 'marking' | 'hot' | 'idle' | 'cooling' | 'gone'
 
@@ -55,6 +58,10 @@ export interface RegionOwner {
   open(region: number): void
   clear(region: number): void
   isClear(region: number): boolean
+  /** Whether something that began before a barrier is under way that the barrier did not wait for. */
+  isBusy(region: number): boolean
+  /** Resolves when what is under way in such a way at the call is over. */
+  settled(): Promise<void>
   /** A part that held it is done. */
   unpin(region: Region): void
   /** It is in the set no more. */
@@ -103,6 +110,7 @@ export class HotSet {
   readonly #waiting: Waiter[] = []
   readonly #marking = new Set<Promise<void>>()
   readonly #wanted = new Set<'room' | 'sweep'>()
+  readonly #settling = new Map<RegionOwner, Promise<void>>() // one an owner
   #working: Promise<void> | undefined
   #timer: NodeJS.Timeout | undefined
   #closed = false
@@ -249,7 +257,9 @@ export class HotSet {
       if (rested.length === 0) return
       await this.#host.barrier()
       const quietAt = this.#host.syncsBegun()
-      for (const region of rested) if (region.state === 'idle') region.quietAt = quietAt
+      for (const region of rested) {
+        if (region.state === 'idle' && !isBusy(region)) region.quietAt = quietAt
+      }
     } finally {
       if (this.#regions.size > 0) this.#plan()
     }
@@ -257,9 +267,11 @@ export class HotSet {
 
   /**
    * The clock: from its hand on, regions that are idle cool, and those that are hot become idle, for the time when the hand comes
-   * by again. Where too few were idle, the first of the others have to do, whose chance is the time that a flush takes.
+   * by again. Where too few were idle, the first of the others have to do, whose chance is the time that a flush takes. Where there are
+   * none but those that were busy, it waits until one of their volumes has settled.
    */
   async #makeRoom(): Promise<void> {
+    const busy = new Set<Region>() // since the last that cooled
     do {
       const victims: Region[] = []
       const rested: Region[] = []
@@ -268,15 +280,34 @@ export class HotSet {
         if (region === undefined || victims.length >= this.#batch || rested.length >= 4 * this.#batch) break
         this.#regions.delete(region)
         this.#regions.add(region)
-        if (region.pins > 0) continue
+        if (region.pins > 0 || busy.has(region)) continue
         if (region.state === 'idle') victims.push(region)
         if (region.state === 'hot' && this.#rest(region)) rested.push(region)
       }
       victims.push(...rested.slice(0, this.#batch - victims.length))
-      // All are held: `unpin` comes back to it.
-      if (victims.length === 0) return
-      await this.#coolRegions(victims)
+      if (victims.length > 0) {
+        await this.#coolRegions(victims)
+        if (victims.some(isGone)) busy.clear()
+        for (const region of victims) if (region.state === 'idle' && isBusy(region)) busy.add(region)
+      } else if (busy.size > 0) {
+        if (this.#waiting.length > 0) await this.#settlingOf([...busy])
+        busy.clear()
+      } else {
+        return // all are held: `unpin` comes back to it
+      }
     } while (this.#waiting.length > 0)
+  }
+
+  /** Resolves when one of their owners has settled. */
+  #settlingOf(regions: readonly Region[]): Promise<void> {
+    for (const { owner } of regions) {
+      if (this.#settling.has(owner)) continue
+      this.#settling.set(
+        owner,
+        owner.settled().finally(() => this.#settling.delete(owner)),
+      )
+    }
+    return Promise.race(regions.map(({ owner }) => this.#settling.get(owner)))
   }
 
   /** @returns whether it could be done */
@@ -296,7 +327,8 @@ export class HotSet {
     try {
       if (cooling.some(({ quietAt }) => quietAt >= host.lastSync())) {
         await host.barrier()
-        await host.flush()
+        for (const region of cooling) if (region.state === 'cooling' && isBusy(region)) region.enter('idle')
+        if (cooling.some(({ state }) => state === 'cooling')) await host.flush()
       }
     } catch (error) {
       for (const region of cooling) if (region.state === 'cooling') region.enter('idle')
@@ -341,6 +373,10 @@ export class HotSet {
 }
 function isGone({ state }: Region): boolean {
   return state === 'gone'
+}
+
+function isBusy({ owner, index }: Region): boolean {
+  return owner.isBusy(index)
 }
 
 /** Neighbours of one volume as one record. */

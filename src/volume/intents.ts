@@ -20,6 +20,10 @@ export interface IntentsTarget {
   openUnits(first: number, count: number): void
   clearUnits(first: number, count: number): void
   areClear(first: number, count: number): boolean
+  /** Whether a write is on its way to the other side of a mirror, of those that began before a barrier. */
+  areBusy(first: number, count: number): boolean
+  /** Resolves when those that are on their way at the call are over. */
+  settled(): Promise<void>
 }
 
 /** Who needs intents when the operator has asked for them. */
@@ -126,6 +130,14 @@ export class VolumeIntents implements RegionOwner {
 
   isClear(region: number): boolean {
     return this.#target.areClear(region * this.map.regionUnits, this.map.regionUnits)
+  }
+
+  isBusy(region: number): boolean {
+    return this.#target.areBusy(region * this.map.regionUnits, this.map.regionUnits)
+  }
+
+  settled(): Promise<void> {
+    return this.#target.settled()
   }
 
   forget(region: Region): void {

@@ -140,12 +140,23 @@ export class VolumeLanes {
     datapath.lanes?.restrict(this.#host.exportId(), false)
   }
 
+  /** Whether a write of the range that began before a barrier is on a lane, or has come back and is not answered. */
+  busy(offset: number, length: number): boolean {
+    if (this.#state !== 'open' && this.#state !== 'closing') return false // what has come back is held by the policy
+    return this.#host.datapath.lanes?.busy(this.#host.exportId(), offset, length) === true
+  }
+
+  /** Resolves when no write is in place, or on a lane, that began before; what comes back has come back. */
+  settled(): Promise<void> {
+    return this.#host.datapath.barrier(this.#host.exportId())
+  }
+
   /** Keeps lanes out of the upcall's range until `leave`. @returns what is to be waited for, if anything */
   claim({ id, offset, length }: Upcall): Promise<void> | undefined {
     if (this.#state !== 'open' || this.#claimed.has(id)) return undefined
     this.#claimed.add(id)
     const taken = this.#host.datapath.lanes?.hold(this.#host.exportId(), offset, length)
-    return taken === true ? this.#host.datapath.barrier() : undefined
+    return taken === true ? this.settled() : undefined
   }
 
   leave({ id, offset, length }: Upcall): void {

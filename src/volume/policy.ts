@@ -167,7 +167,7 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
     this.useIntents(intents)
     this.#tables.clearDirectUnits(0, this.#tables.unitCount)
     await this.#works.settled()
-    await this.#host.datapath.barrier()
+    await this.lanes.settled()
   }
 
   /** From now on nothing is announced. */
@@ -263,7 +263,7 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
     this.#arrivals.hold()
     try {
       this.#tables.clearDirectUnits(0, this.#tables.unitCount)
-      await this.#host.datapath.barrier()
+      await this.lanes.settled()
       await this.#requests.quiet()
       assert(this.areClear(0, this.#tables.unitCount), 'a direct bit was set while the volume was made quiet')
       return await action()
@@ -582,6 +582,16 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
 
   areClear(first: number, count: number): boolean {
     return this.#tables.areClear(first, count)
+  }
+
+  areBusy(first: number, count: number): boolean {
+    const { unitBytes, unitCount } = this.#tables
+    const end = Math.min(first + count, unitCount)
+    return first < end && this.lanes.busy(first * unitBytes, (end - first) * unitBytes)
+  }
+
+  settled(): Promise<void> {
+    return this.lanes.settled()
   }
 
   // ---- works ---------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 import { afterEach, describe, expect, it } from 'vitest'
 import type { NbdClient } from '../../src/nbd/client.ts'
 import { Pair, type Side } from '../support/mirror-pair.ts'
-import { until } from '../support/poll.ts'
+import { isPending, until } from '../support/poll.ts'
 import { Random } from '../support/random.ts'
 import { SMALL_POOL } from './versions.ts'
 
@@ -29,9 +29,12 @@ async function expectEqual({ one, two }: Pair): Promise<void> {
   expect((await two.content('data')).equals(await one.content('data'))).toBe(true)
 }
 
-async function mirrored(threads = 1): Promise<{ pair: Pair; client: NbdClient }> {
+async function mirrored(
+  threads = 1,
+  more: { hotRegions?: number } = {},
+): Promise<{ pair: Pair; client: NbdClient }> {
   const side = { datapath: 'native', pool: SMALL_POOL, threads } as const
-  const made = await Pair.open(side)
+  const made = await Pair.open({ ...side, ...more }, side)
   pair = made
   await made.one.pool.createVolume({ name: 'data', size: SIZE })
   const client = await made.one.connect('data')
@@ -152,6 +155,36 @@ describe('lanes', () => {
     expect(over).toBe(true)
     await one.reach('data', 'insync')
     await expectEqual(pair)
+  })
+
+  it('that a peer does not answer on hold up their own volume, and no other', async () => {
+    const { pair, client } = await mirrored(1, { hotRegions: 2 })
+    const { one, two } = pair
+    await one.pool.createVolume({ name: 'other', size: 8 << 20, intents: true })
+    const other = await one.connect('other')
+    await other.write(Buffer.alloc(4096, 1), 0)
+    await client.write(Buffer.alloc(4096, 6), 8192)
+    const onWay = { lanes: laneWrites(one), upcalls: upcalls(two) }
+    let write: Promise<void> | undefined
+    await two.pool.volume('data').quiesce(async () => {
+      write = client.write(Buffer.alloc(4096, 7), 8192)
+      await until(() => upcalls(two) > onWay.upcalls, 'it has come')
+      expect(laneWrites(one)).toBe(onWay.lanes + 1)
+      // First writes to more regions than may be hot at a time, trims, and what finds a quiet moment.
+      for (let region = 0; region < 8; region++) await other.write(Buffer.alloc(4096, region), region << 20)
+      await other.trim({ offset: 0, length: 1 << 20 })
+      await other.flush()
+      await one.pool.volume('other').resize(9 << 20)
+      await one.mirrors.add({ volume: 'other', peer: pair.address, mode: 'sync' })
+      await one.reach('other', 'insync')
+      // Meanwhile its region has to be known as one that may differ.
+      expect(one.pool.volume('data').intentMap?.hotCount).toBe(1)
+      expect(await isPending(write)).toBe(true)
+    })
+    await write
+    expect(one.show('data').state).toBe('insync')
+    await expectEqual(pair)
+    expect((await two.content('other')).equals(await one.content('other'))).toBe(true)
   })
 
   it('end before the volume gets another size, while clients write', async () => {

@@ -19,6 +19,7 @@ export interface SideOptions {
   readonly name?: string
   readonly listen?: string
   readonly threads?: number // of the native datapath
+  readonly hotRegions?: number
 }
 
 export class Side {
@@ -55,9 +56,12 @@ export class Side {
   }
 
   async open(): Promise<void> {
-    const { datapath, name = 'side', threads } = this.#options
+    const { datapath, name = 'side', threads, hotRegions } = this.#options
     const log = pino({ level: process.env['TEST_LOG'] ?? 'silent' })
-    this.#served = await ServedPool.open(this.directory, datapath, threads === undefined ? {} : { threads })
+    this.#served = await ServedPool.open(this.directory, datapath, {
+      ...(threads === undefined ? {} : { threads }),
+      ...(hotRegions === undefined ? {} : { hotSet: { regionsMax: hotRegions } }),
+    })
     this.#mirrors = await Mirrors.open({
       pool: this.pool,
       log,

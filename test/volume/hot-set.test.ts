@@ -13,6 +13,8 @@ let steps: string[]
 let syncs: { begun: number; last: number }
 let hold: ((what: string) => Promise<void>) | undefined
 let direct: Set<number> // units that are written in place with no decision
+let busy = new Set<number>() // units that are on their way to somewhere
+let settle: (() => void)[] = [] // whoever waits for those
 
 const host: HotSetHost = {
   record: async (changes, apply) => {
@@ -51,6 +53,8 @@ function volume(set: HotSet, map = new IntentMap(7, 4, UNITS)): VolumeIntents {
       for (let unit = first; unit < first + count; unit++) direct.delete(unit)
     },
     areClear: (first, count) => ![...direct].some((unit) => unit >= first && unit < first + count),
+    areBusy: (first, count) => [...busy].some((unit) => unit >= first && unit < first + count),
+    settled: () => new Promise((resolve) => settle.push(resolve)),
   })
 }
 const turn = () => new Promise((resolve) => setImmediate(resolve))
@@ -61,6 +65,8 @@ beforeEach(() => {
   syncs = { begun: 0, last: 0 }
   hold = undefined
   direct = new Set()
+  busy = new Set()
+  settle = []
 })
 
 describe('the hot set', () => {
@@ -212,6 +218,66 @@ describe('the hot set', () => {
     if (first !== undefined) intents.unpin(first)
     await waiting
     expect([...intents.map.hot()]).toEqual([1, 2, 3])
+    await set.close()
+  })
+
+  it('cools no region in which something is on its way, and waits for nobody where others can cool', async () => {
+    const set = new HotSet(host, { coolMs: 60_000, regionsMax: 4 })
+    const intents = volume(set)
+    busy.add(regionOf(0)).add(regionOf(2) + 3)
+    for (const region of [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]) await intents.announce(regionOf(region), false)
+    expect(intents.map.isHot(0) && intents.map.isHot(2)).toBe(true)
+    expect(intents.map.hotCount).toBeLessThanOrEqual(4)
+    expect(settle).toEqual([])
+    busy.clear()
+    for (const region of [10, 11, 12, 13, 14, 15, 16, 17]) await intents.announce(regionOf(region), false)
+    expect(intents.map.isHot(0) || intents.map.isHot(2)).toBe(false)
+    await set.close()
+  })
+
+  it('waits, without asking again and again, where something is on its way in all of them', async () => {
+    const set = new HotSet(host, { coolMs: 60_000, regionsMax: 2 })
+    const intents = volume(set)
+    for (const region of [0, 1]) busy.add(regionOf(region))
+    for (const region of [0, 1]) await intents.announce(regionOf(region), false)
+    expect(settle).toEqual([]) // nobody waits for a place
+    let hot = false
+    const announced = intents.announce(regionOf(2), false).then(() => {
+      hot = true
+    })
+    await until(() => settle.length > 0, 'it waits for them')
+    const asked = steps.length
+    for (let i = 0; i < 20; i++) await turn()
+    expect({ hot, asked: steps.length, waits: settle.length }).toEqual({ hot: false, asked, waits: 1 })
+    expect(steps).not.toContain('flush')
+    // Something is over, but in neither of them: it looks again, and waits again.
+    settle.shift()?.()
+    await until(() => settle.length > 0, 'it waits again')
+    expect([...intents.map.hot()]).toEqual([0, 1])
+    busy.delete(regionOf(1))
+    settle.shift()?.()
+    await announced
+    expect(intents.map.isHot(0)).toBe(true)
+    expect(intents.map.isHot(1)).toBe(false)
+    await set.close()
+  })
+
+  it('does not take a region for quiet before what is on its way there is over', async () => {
+    const set = new HotSet(host, { coolMs: 5 })
+    const intents = volume(set)
+    await intents.announce(0, false)
+    busy.add(0)
+    await until(
+      () => direct.size === 0 && steps.filter((step) => step === 'barrier').length >= 3,
+      'it is idle',
+    )
+    expect(intents.map.isHot(0)).toBe(true)
+    await host.flush()
+    steps = []
+    busy.clear()
+    await until(() => !intents.map.isHot(0), 'it is cool')
+    // A sync that began before it was over tells nothing.
+    expect(steps.slice(0, 2)).toEqual(['barrier', 'flush'])
     await set.close()
   })
 

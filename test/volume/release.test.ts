@@ -41,7 +41,7 @@ describe.each(DATAPATHS)('slots that were given back, %s', (datapath) => {
       if (barriers !== 2) return barrier()
       return new Promise<void>((resolve) => {
         letGo = resolve
-      }).then(barrier)
+      }).then(() => barrier())
     }
     const trimmed = client.trim({ offset: 0, length: STRIPE })
     await until(() => barriers === 2, 'the second barrier')

@@ -309,7 +309,7 @@ void allAtOnce(RigOptions base, uint64_t payloadTotal) {
       // Barriers, new tables, and times in which the policy does nothing.
       for (int round = 0; !over.load(); round++) {
         rig.hold(true);
-        CHECK(rig.done(rig.submit({6, 0})));
+        CHECK(rig.done(rig.submit({6, 0, 0})));
         rig.hold(false);
         Tables tables;
         tables.size = rig.options.size;

@@ -174,7 +174,7 @@ void barrier(RigOptions options) {
     for (int round = 0; round < 20; round++) {
       rig.hold(true);
       for (uint64_t stripe = 0; stripe < 4; stripe++) rig.setBit(rig.direct, stripe, false);
-      CHECK(rig.done(rig.submit({6, 0})));
+      CHECK(rig.done(rig.submit({6, 0, 0})));
       const uint32_t slot = rig.slotOf(static_cast<uint64_t>(round % 4));
       const Bytes before = rig.readSlot(slot);
       CHECK(eventually([&] { return rig.upcallsWaiting() >= 2; }));
@@ -252,7 +252,7 @@ void rangeBarrier(RigOptions options) {
   Bytes first(1111), second(2222), third(3333);
   holdReads(first.size());
   const double before = rig.readRange(100, first);
-  const double barrier = rig.submit({6, 0});
+  const double barrier = rig.submit({6, 0, 0});
   const double behind = rig.readRange(100, second);
   CHECK_EQUAL(rig.result(behind), 0);
   Tables tables;
@@ -270,7 +270,7 @@ void rangeBarrier(RigOptions options) {
   CHECK(rig.done(barrier));
   CHECK(rig.done(1e9));
   holdReads(third.size());
-  const double later = rig.submit({6, 0});
+  const double later = rig.submit({6, 0, 0});
   const double last = rig.readRange(100, third);
   CHECK(rig.done(later));
   client->close();
@@ -556,7 +556,7 @@ void stop(RigOptions options) {
       datapath.adopt(Rig::kExport, UpcallKind::Trim, 0, 4096, nullptr);
     });
     rig.submit({4, 0});
-    rig.submit({6, 0});
+    rig.submit({6, 0, 0});
   }
   CHECK(eventually([&] { return openDescriptors() <= before; }));
 }

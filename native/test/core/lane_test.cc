@@ -80,7 +80,9 @@ class Side {
     send({kCommandComplete, static_cast<double>(call.index), static_cast<double>(error)});
   }
   void send(std::vector<double> words) { datapath_->submit(words.data(), words.size()); }
-  double barrier();
+  /// Also of what is on lanes, or not.
+  double barrier(bool lanes = true);
+  bool busy(uint64_t offset, uint64_t length) { return datapath_->blocksBusy(kExport, offset, length); }
   bool await(double tag) { return wait([&] { return done.count(tag) != 0; }) && done[tag] == 0; }
   /// Writes what a call says to its slots.
   bool writeHere(uint32_t index, uint64_t offset, uint64_t length);
@@ -214,8 +216,8 @@ Call Side::next() {
   return call;
 }
 
-double Side::barrier() {
-  send({kCommandBarrier, ++tag_});
+double Side::barrier(bool lanes) {
+  send({kCommandBarrier, ++tag_, lanes ? double{kExport} : 0});
   return tag_;
 }
 
@@ -470,7 +472,7 @@ const Register both("lane: a write is on both sides when it is answered", [] {
   CHECK(mirror.here.upcalls.empty() && mirror.there.upcalls.empty());
 });
 
-const Register withheld("lane: a write is answered after the peer's reply, a barrier waits for it", [] {
+const Register withheld("lane: a write is answered after the peer's reply, a barrier of the export waits for it", [] {
   Primary primary;
   const Bytes data = pattern(1, 8192);
   const Peer::Write write = primary.begin(4096, data);
@@ -480,13 +482,72 @@ const Register withheld("lane: a write is answered after the peer's reply, a bar
   pass(*primary.client);
   primary.side.drain();
   CHECK(primary.side.done.count(barrier) == 0);
+  // Whoever does not ask for lanes does not wait for the peer.
+  CHECK(primary.side.await(primary.side.barrier(false)));
+  CHECK(primary.side.done.count(barrier) == 0);
+  CHECK(primary.side.busy(4096, 1) && primary.side.busy(0, primary.side.size));
   CHECK(primary.side.held(4096, 1));
   primary.side.release(4096, 1);
   primary.peer->reply(write.cookie);
   CHECK_EQUAL(primary.client->receive().error, uint32_t{kOk});
   CHECK(primary.side.await(barrier));
   CHECK(primary.side.upcalls.empty());
-  CHECK(!primary.side.anyTaken());
+  CHECK(!primary.side.anyTaken() && !primary.side.busy(0, primary.side.size));
+});
+
+const Register fences("lane: barriers wait for what was on its way before them, in their order", [] {
+  Primary primary;
+  const Bytes data = pattern(61, 4096);
+  Peer::Write writes[6];
+  double barriers[6];
+  for (uint64_t i = 0; i < 6; i++) {
+    writes[i] = primary.begin(i * 8192, data);
+    barriers[i] = primary.side.barrier();
+  }
+  const auto passed = [&] {
+    pass(*primary.client);
+    CHECK(primary.side.await(primary.side.barrier(false)));
+    size_t count = 0;
+    while (count < 6 && primary.side.done.count(barriers[count]) != 0) count++;
+    for (size_t i = count; i < 6; i++) CHECK(primary.side.done.count(barriers[i]) == 0);
+    return count;
+  };
+  CHECK_EQUAL(passed(), size_t{0});
+  const auto reply = [&](size_t i) {
+    primary.peer->reply(writes[i].cookie);
+    primary.client->receive();
+    return passed();
+  };
+  CHECK_EQUAL(reply(1), size_t{0});
+  CHECK_EQUAL(reply(4), size_t{0});
+  CHECK_EQUAL(reply(0), size_t{2});
+  // What begins after a barrier is nothing that it waits for.
+  primary.begin(64 * 1024, data);
+  CHECK_EQUAL(reply(2), size_t{3});
+  CHECK(primary.side.busy(64 * 1024, 512));
+  primary.peer->close();
+  // What came back counts until it is answered: there is no moment in which nobody knows of it.
+  CHECK(primary.side.wait([&] { return primary.side.upcalls.size() == 3; }));
+  CHECK(primary.side.busy(64 * 1024, 512));
+  primary.lost(3);
+  CHECK(!primary.side.busy(0, primary.side.size));
+  for (int i = 0; i < 3; i++) primary.client->receive();
+  CHECK_EQUAL(passed(), size_t{6});
+});
+
+const Register stretches("lane: what is on its way is told by stretches, one is no matter of its neighbours", [] {
+  Primary primary;
+  const uint64_t stretch = 256 * 1024;
+  const Bytes data = pattern(62, 8192);
+  const Peer::Write across = primary.begin(2 * stretch - 4096, data);
+  for (uint64_t i = 0; i < 8; i++) CHECK_EQUAL(primary.side.busy(i * stretch, stretch), i == 1 || i == 2);
+  const Peer::Write more = primary.begin(2 * stretch + 64 * 1024, data);
+  primary.peer->reply(across.cookie);
+  primary.client->receive();
+  for (uint64_t i = 0; i < 8; i++) CHECK_EQUAL(primary.side.busy(i * stretch, stretch), i == 2);
+  primary.peer->reply(more.cookie);
+  primary.client->receive();
+  CHECK(!primary.side.busy(0, primary.side.size));
 });
 
 const Register lostOne("lane: what was on its way when it was lost is half done", [] {
@@ -655,7 +716,7 @@ const Register stalled("lane: an answer that is owed makes it stall, whatever el
     calls[i]->payload = Payload::create(512);
     memset(calls[i]->payload->data(), 0, 512);
     CHECK(target.claims->take(calls[i]->offset, calls[i]->length));
-    lane.begin(calls[i], loop.beginAccess());
+    lane.begin(calls[i]);
     CHECK(lane.flush());
     // The clock moves on.
     const uint64_t now = Loop::nowMicroseconds();

@@ -297,9 +297,9 @@ void Rig::trim(const Call& call) {
   const uint64_t first = from * options.formatUnit;
   const uint64_t last = to * options.formatUnit;
   for (uint64_t stripe = first; stripe < last; stripe++) setBit(direct, stripe, false);
-  if (!await(submit({6, 0}))) return;
+  if (!await(submit({6, 0, 0}))) return;
   for (uint64_t unit = from; unit < to; unit++) setBit(init, unit, false);
-  if (!await(submit({6, 0}))) return;
+  if (!await(submit({6, 0, 0}))) return;
   for (uint64_t stripe = first; stripe < last; stripe++) {
     const uint32_t slot = slots[stripe];
     __atomic_store_n(&slots[stripe], kSlotNone, __ATOMIC_SEQ_CST);
