@@ -73,6 +73,7 @@ void Lane::begin(Upcall* call) {
   at = put64(at, call->offset);
   put32(at, static_cast<uint32_t>(call->length));
   inFlight_++;
+  loop_.countLaneOps(1);
   if (toSendAt_ == toSend_.size()) movedAt_ = Loop::nowMicroseconds();
   if (toSendAt_ >= kOpsMax) {
     // Where the peer is always behind, the list is never empty.
@@ -190,6 +191,7 @@ void Lane::release(Op& op) {
   op.call = nullptr;
   free_.push_back(static_cast<uint16_t>(&op - ops_.data()));
   inFlight_--;
+  loop_.countLaneOps(-1);
   if (!fences_.empty()) settleFences();
 }
 

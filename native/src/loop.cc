@@ -163,7 +163,7 @@ void Loop::run() {
   while (!stopping_.load(std::memory_order_acquire)) {
     if (touched_.empty() || ++spinTurns >= kSpinTurnsMax) {
       spinTurns = 0;
-      int timeout = lanes_.empty() ? -1 : kLaneCheckMilliseconds;
+      int timeout = laneOps_ == 0 ? -1 : kLaneCheckMilliseconds;
       if (!lingering_.empty()) timeout = kLingerCheckMilliseconds;
       if (!touched_.empty()) timeout = 0;
       const int count = epoll_wait(epollFd_, events, kEventsMax, timeout);
@@ -188,7 +188,7 @@ void Loop::run() {
     ringDone_.clear();
     takeTurns();
     if (!queuedLanes_.empty()) flushLanes();
-    if (!lanes_.empty()) expireLanes();
+    if (laneOps_ > 0) expireLanes();
     if (uring_.isOpen()) uring_.kick();
     // In this order: an access that ended as an upcall is known before a barrier that waited for it.
     if (!events_.empty()) shared_.events.push(events_);

@@ -82,6 +82,8 @@ class Loop {
   void linger(Connection* connection);
   /// Sends what the lane has, before the loop sleeps.
   void queueLane(Lane* lane);
+  /// Writes on lanes of this loop: while there are some, it looks whether peers answer.
+  void countLaneOps(int change) { laneOps_ += static_cast<uint32_t>(change); }
   /// What this turn has found comes before it.
   void passLater(Barrier* barrier) { passed_.push_back(barrier); }
   /// What the kernel is told to say when a lane has an event: connections are their own address.
@@ -135,6 +137,7 @@ class Loop {
   std::vector<Lane*> lanes_;
   std::vector<Lane*> queuedLanes_;
   std::vector<Lane*> flushing_;
+  uint32_t laneOps_ = 0;
   uint64_t lanesCheckedAt_ = 0;  // microseconds
   Connection* solo_ = nullptr;  // had the last turns alone
   uint32_t soloTurns_ = 0;
