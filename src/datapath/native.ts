@@ -1,4 +1,3 @@
-import type { Socket } from 'node:net'
 import { availableParallelism } from 'node:os'
 import { getSystemErrorName } from 'node:util'
 import { assert } from '../base/assert.ts'
@@ -15,7 +14,6 @@ import type {
   ExportSpec,
   ExportTables,
   FormatUnit,
-  Lanes,
   MemberCounters,
   ReplyMode,
   SessionEnd,
@@ -37,6 +35,8 @@ import {
   RECORD_WORDS,
   UPCALL_FLAG,
 } from './native-binding.ts'
+import { NativeLanes } from './native-lanes.ts'
+import { descriptorOf } from './socket-descriptor.ts'
 
 export { loadNative } from './native-binding.ts'
 
@@ -72,7 +72,7 @@ const NO_EXPORT = 0
 
 export class NativeDatapath implements Datapath {
   readonly description: DatapathDescription
-  readonly lanes: Lanes
+  readonly lanes: NativeLanes
 
   readonly #binding: Binding
   readonly #handle: NativeHandle
@@ -140,7 +140,11 @@ export class NativeDatapath implements Datapath {
       },
     )
     const got = binding.describe(this.#handle)
-    this.lanes = this.#lanesOf(got.threads)
+    this.lanes = new NativeLanes(binding, this.#handle, got.threads, {
+      flush: () => this.#flush(),
+      put: (kind, id) => this.#put(kind, id),
+      end: (session) => this.#endSession(session),
+    })
     const refused = engine === 'auto' && got.engine === 'threads'
     this.description = {
       kind: 'native',
@@ -202,6 +206,7 @@ export class NativeDatapath implements Datapath {
     await this.#command((tag) => this.#put(COMMAND_WORD.closeExport, tag, exported.id))
     await exported.idle()
     this.#exports.delete(exported.id)
+    this.lanes.forget(exported.id)
   }
 
   // ---------------------------------------------------------------------------------------- sessions
@@ -273,33 +278,6 @@ export class NativeDatapath implements Datapath {
     return this.#export(id).sessions
   }
 
-  // ------------------------------------------------------------------------------------------- lanes
-
-  readonly #laneSets = new Map<number, LaneSet>() // by lane
-  #nextLane = 1
-
-  #lanesOf(width: number): Lanes {
-    return {
-      width,
-      open: (id, sockets, onEnd) => this.#openLanes(id, sockets, onEnd),
-      drop: (id) => this.#dropLanes(id),
-      forward: (id, on) => {
-        const exported = this.#export(id)
-        exported.forwards = on
-        this.#setLanes(exported)
-      },
-      restrict: (id, on) => {
-        const exported = this.#export(id)
-        exported.lanesOnly = on
-        this.#setLanes(exported)
-      },
-      hold: (id, offset, length) => this.#binding.holdBlocks(this.#handle, id, offset, length),
-      release: (id, offset, length) => this.#binding.releaseBlocks(this.#handle, id, offset, length),
-      busy: (id, offset, length) => this.#binding.blocksBusy(this.#handle, id, offset, length),
-      end: (session) => this.#endSession(session),
-    }
-  }
-
   #endSession(id: SessionId): void {
     const session = this.#sessions.get(id)
     if (session?.exported.waiting.has(session)) {
@@ -308,54 +286,6 @@ export class NativeDatapath implements Datapath {
     } else {
       this.#put(COMMAND_WORD.endSession, id)
     }
-  }
-
-  #setLanes({ id, forwards, lanesOnly }: NativeExport): void {
-    this.#binding.setLanes(this.#handle, id, forwards, lanesOnly)
-  }
-
-  #openLanes(id: ExportId, sockets: readonly Socket[], onEnd: () => void): void {
-    const exported = this.#export(id)
-    assert(
-      exported.closing === null && exported.lanes === undefined,
-      'lanes of an export that has some, or is closed',
-    )
-    assert(sockets.length === this.description.threads, 'a lane for each thread')
-    const set = new LaneSet(sockets.length, onEnd, () => {
-      exported.lanes = undefined
-    })
-    exported.lanes = set
-    this.#flush() // what was asked for before belongs before
-    sockets.forEach((socket, thread) => {
-      const lane = this.#nextLane++
-      this.#laneSets.set(lane, set)
-      set.ids.push(lane)
-      if (!this.#openLane(id, lane, thread, socket)) {
-        this.#laneSets.delete(lane)
-        queueMicrotask(() => set.ended())
-      }
-      socket.on('error', () => {}) // as in #attach
-      socket.destroy()
-    })
-  }
-
-  /** False where the socket is closed, or there is no descriptor left: that is the end of a lane like others. */
-  #openLane(id: ExportId, lane: number, thread: number, socket: Socket): boolean {
-    const fd = descriptorOf(socket)
-    if (socket.destroyed || fd < 0) return false
-    try {
-      this.#binding.openLane(this.#handle, id, lane, thread, fd)
-      return true
-    } catch {
-      return false
-    }
-  }
-
-  async #dropLanes(id: ExportId): Promise<void> {
-    const { lanes } = this.#export(id)
-    if (lanes === undefined) return
-    for (const lane of lanes.ids) this.#put(COMMAND_WORD.dropLane, lane)
-    await lanes.dropped
   }
 
   // ----------------------------------------------------------------------------------------- upcalls
@@ -691,13 +621,9 @@ export class NativeDatapath implements Datapath {
         this.#sessionEnded(session, endOf[word(2)] ?? 'error')
         return
       }
-      case EVENT_WORD.laneEnd: {
-        const lane = this.#laneSets.get(word(1))
-        assert(lane !== undefined, 'the end of no lane')
-        this.#laneSets.delete(word(1))
-        lane.ended()
+      case EVENT_WORD.laneEnd:
+        this.lanes.ended(word(1))
         return
-      }
       default:
         assert(false, 'an event of no kind')
     }
@@ -756,9 +682,6 @@ class NativeExport {
   sessions = 0
   uses = 0 // commands of the policy on this export that have not ended
   closing: Promise<void> | null = null
-  forwards = false
-  lanesOnly = false
-  lanes: LaneSet | undefined // that have not all ended
   #onIdle: (() => void) | null = null
 
   constructor(id: ExportId, spec: ExportSpec, handler: ExportHandler) {
@@ -782,38 +705,6 @@ class NativeExport {
   }
 }
 
-/** The lanes of one export. */
-class LaneSet {
-  readonly ids: number[] = []
-  readonly dropped: Promise<void>
-  #resolve: () => void = () => undefined
-  #left: number
-  #onEnd: (() => void) | undefined
-  readonly #onDropped: () => void
-
-  constructor(count: number, onEnd: () => void, onDropped: () => void) {
-    this.#left = count
-    this.#onEnd = onEnd
-    this.#onDropped = onDropped
-    this.dropped = new Promise((resolve) => {
-      this.#resolve = resolve
-    })
-  }
-
-  /** One of them. */
-  ended(): void {
-    const onEnd = this.#onEnd
-    this.#onEnd = undefined
-    this.#left--
-    assert(this.#left >= 0, 'a lane ends twice')
-    if (this.#left === 0) {
-      this.#onDropped()
-      this.#resolve()
-    }
-    onEnd?.()
-  }
-}
-
 interface NativeSession {
   readonly id: SessionId
   readonly exported: NativeExport
@@ -831,15 +722,6 @@ interface PendingCommand {
   resolve(value: boolean): void
   reject(error: Error): void
   readonly keep: unknown // what the addon points to meanwhile
-}
-
-/** Node does not publish the descriptor of a socket; this is where it has been kept since its first versions. */
-interface WithHandle {
-  readonly _handle?: { readonly fd?: number } | null
-}
-
-function descriptorOf(socket: object): number {
-  return (socket as WithHandle)._handle?.fd ?? -1
 }
 
 /** The contexts whose bits are set in a mask of 64. */
