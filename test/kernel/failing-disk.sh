@@ -42,7 +42,6 @@ uncached() { # what the daemon has read is read from the disk again
   blockdev --flushbufs "/dev/mapper/$mapped"
   echo 3 >/proc/sys/vm/drop_caches
 }
-api() { curl -sS --fail --unix-socket "$pool/control.sock" "http://localhost$1"; }
 pool_is() { api /v1/status | tee "$work/status.json" | jq -e --arg state "$1" ".pool.state == \$state"; }
 volume_told() { # KIND
   api /v1/events | jq -e --arg kind "$1" "any(.events[]; .kind == \$kind)"

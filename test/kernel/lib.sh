@@ -18,7 +18,7 @@ bail() {
 # ---- needs --------------------------------------------------------------------------------------------
 need_everything() {
   local program
-  for program in node nbd-client fio mkfs.ext4 fsck.ext4 mkfs.xfs xfs_repair fstrim mount jq; do
+  for program in node curl nbd-client fio mkfs.ext4 fsck.ext4 mkfs.xfs xfs_repair fstrim mount jq; do
     command -v "$program" >/dev/null || bail "$program is missing: run scripts/setup --test"
   done
   ((EUID == 0)) || bail 'root is needed to attach and mount'
@@ -74,7 +74,8 @@ start_daemon() { # DATAPATH
 }
 # The log is looked at before the API is called: on an emulated processor each call of the CLI takes seconds.
 daemon_started() { grep -q '"daemon.started"' "$work/daemon.log"; }
-status_answers() { fullstripe status --json >"$work/status.json"; }
+api() { curl -sS --fail --unix-socket "$pool/control.sock" "http://localhost$1"; }
+status_answers() { api /v1/status >"$work/status.json"; }
 daemon_answers() {
   wait_until 180 daemon_started && wait_until 60 status_answers && return
   tail -n 20 "$work/daemon.log"

@@ -43,7 +43,7 @@ write_synced() { # NAME COUNT
   done
 }
 synced_are_there() { (cd "$mounted" && sha256sum --quiet -c "$work/$1.sums"); }
-mirror_state() { fullstripe mirror list --json | jq -r '.[0].state' >"$work/state" && grep -qE "$1" "$work/state"; }
+mirror_state() { api /v1/mirrors | jq -r '.mirrors[0].state' >"$work/state" && grep -qE "$1" "$work/state"; }
 let_device_go() {
   umount -l "$mounted" 2>/dev/null || true
   nbd-client -d "$device" >/dev/null 2>&1 || true
@@ -114,8 +114,8 @@ scenario() { # MODE
   stop_second
 }
 load_is_on() { (($(device_writes) - $1 >= 500)); }
-caught_up() { fullstripe mirror list --json | jq -e '.[0].lag.bytes == 0' >/dev/null; }
-secondary_is_read_only() { fullstripe volume list --json | jq -e '.[0].readOnly' >/dev/null; }
+caught_up() { api /v1/mirrors | jq -e '.mirrors[0].lag.bytes == 0' >/dev/null; }
+secondary_is_read_only() { api /v1/volumes | jq -e '.volumes[0].readOnly' >/dev/null; }
 end_second() { if [[ $daemon2 ]]; then kill -9 "$daemon2"; fi 2>/dev/null; }
 
 need_everything

@@ -6,6 +6,10 @@
 #   power-cut.sh native|portable
 # FULLSTRIPE_TEST_CUTS: how many moments (default 3).
 set -euo pipefail
+# What it mounts over the kernel's boot id is for its own eyes.
+if [[ ${FULLSTRIPE_TEST_UNSHARED:-} != yes ]]; then
+  FULLSTRIPE_TEST_UNSHARED=yes exec unshare --mount --propagation private "$0" "$@"
+fi
 . "$(dirname "$0")/lib.sh"
 
 datapath=${1:?which datapath: native or portable}
