@@ -249,6 +249,15 @@ export const mirrorSchema = object('A mirror: one volume here, one elsewhere', {
 
 export const mirrorListSchema = object('Mirrors', { mirrors: list(mirrorSchema, 'by volume and name') })
 
+export const peerSchema = object('Another daemon that this one has met', {
+  name: text('as it calls itself, or HOST:PORT where this side dials'),
+  fingerprint: text('of the identity that is pinned'),
+  connected: flag('whether there is a session with it'),
+  mirrors: list(text('VOLUME/MIRROR'), 'mirrors whose other side it has'),
+})
+
+export const peerListSchema = object('Peers', { peers: list(peerSchema, 'by name') })
+
 export const statusSchema = object('The daemon and all it serves', {
   state: choice(['starting', 'serving', 'draining', 'stopped', 'failed'], 'what the daemon is doing'),
   version: text('of the program'),
@@ -415,6 +424,10 @@ export const mirrorResolveBody = object('Which side gives way', {
 export const mirrorParams = object('Path', {
   name: { type: 'string', minLength: 1, description: 'volume, URL-encoded' },
   mirror: { type: 'string', minLength: 1, description: 'mirror, URL-encoded' },
+})
+
+export const peerParams = object('Path', {
+  peer: { type: 'string', minLength: 1, description: 'name of the peer, URL-encoded' },
 })
 
 export const nameParams = object('Path', {

@@ -24,6 +24,7 @@ import { eventRoutes } from './events.ts'
 import { metricsRoutes } from './metrics.ts'
 import { mirrorRoutes } from './mirrors.ts'
 import { describeRoutes } from './openapi.ts'
+import { peerRoutes } from './peers.ts'
 import { poolRoutes } from './pool.ts'
 import type { Schema } from './schemas.ts'
 import { volumeRoutes } from './volumes.ts'
@@ -57,6 +58,7 @@ export function createApi(daemon: Daemon, mirrors: MirrorControl = daemon.mirror
   poolRoutes(app, daemon, mirrors)
   volumeRoutes(app, daemon)
   mirrorRoutes(app, daemon, mirrors)
+  peerRoutes(app, mirrors.peers)
   eventRoutes(app, daemon)
   metricsRoutes(app, daemon, mirrors)
   return app

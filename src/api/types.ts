@@ -2,7 +2,7 @@
 import type { DaemonState } from '../daemon/daemon.ts'
 import type { EventRecord } from '../daemon/events.ts'
 import type { DatapathDescription, MemberCounters } from '../datapath/datapath.ts'
-import type { CopyExtent, MirrorAddOptions, MirrorChange, MirrorInfo } from '../mirror/types.ts'
+import type { CopyExtent, MirrorAddOptions, MirrorChange, MirrorInfo, PeerInfo } from '../mirror/types.ts'
 import type { PoolInfo } from '../volume/pool.ts'
 import type { MapExtent, VolumeInfo } from '../volume/volume.ts'
 
@@ -40,6 +40,10 @@ export interface DensityInfo {
 
 export interface MirrorList {
   readonly mirrors: readonly MirrorInfo[]
+}
+
+export interface PeerList {
+  readonly peers: readonly PeerInfo[]
 }
 
 export interface CopyMapPage {

@@ -52,6 +52,11 @@ export function messageOf(error: unknown): string {
   return error instanceof Error ? error.message : String(error)
 }
 
+/** A name that somebody has typed, for a message. */
+export function printable(name: string): string {
+  return JSON.stringify(name.length > 80 ? `${name.slice(0, 80)}...` : name)
+}
+
 /** `ENOSPC`, `EIO`, ... of a failed system call; undefined for any other error, also for ours, which have codes too. */
 export function systemCode(error: unknown): string | undefined {
   if (!(error instanceof Error) || !('code' in error)) return undefined

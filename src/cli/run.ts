@@ -14,6 +14,7 @@ import type { Cli } from './cli.ts'
 import { eventsCommand } from './events.ts'
 import { mirrorCommands } from './mirror.ts'
 import { exitCodeOf, Output } from './output.ts'
+import { peerCommands } from './peer.ts'
 import { poolCommands } from './pool.ts'
 import { serveCommand } from './serve.ts'
 import { statusCommand } from './status.ts'
@@ -81,6 +82,7 @@ async function parse(args: readonly string[], cli: Cli): Promise<void> {
   poolCommands(root, cli)
   volumeCommands(root, cli)
   mirrorCommands(root, cli)
+  peerCommands(root, cli)
   attachCommands(root, cli)
   statusCommand(root, cli)
   eventsCommand(root, cli)

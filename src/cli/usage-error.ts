@@ -6,7 +6,7 @@ import { UserError } from '../base/errors.ts'
 import { plural } from './text.ts'
 
 /** Commands that have commands below them. */
-const GROUPS = new Set(['pool', 'volume', 'mirror'])
+const GROUPS = new Set(['pool', 'volume', 'mirror', 'peer'])
 
 type Rule = readonly [
   pattern: RegExp,

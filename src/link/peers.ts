@@ -1,5 +1,5 @@
 /**
- * Which identity each peer has: pinned when a peer of that name first proves one, and never changed by the link. A pin is durable before the
+ * Which identity each peer has: pinned when a peer of that name (of that address, where this side dials) first proves one, and never changed by the link. A pin is durable before the
  * peer is trusted, so the first contact is the only one that takes an identity as it comes.
  */
 import { randomUUID } from 'node:crypto'
@@ -18,6 +18,13 @@ export interface PeerStore {
   pin(name: string, fingerprint: string): Promise<void>
 }
 
+export interface KnownPeers extends PeerStore {
+  /** For an operator who knows why a peer has changed. @returns whether there was a pin; that there is none is durable then */
+  forget(name: string): Promise<boolean>
+  /** Names, each with the fingerprint that is pinned. */
+  entries(): [string, string][]
+}
+
 /** Trusts the peer of that name if its fingerprint is the pinned one, or the first. @throws LinkError IDENTITY, NOT_WELCOME */
 export async function checkPin(
   store: PeerStore,
@@ -34,7 +41,7 @@ export async function checkPin(
 }
 
 /** Pins in memory: of tests, and of a store that keeps them elsewhere. */
-export class MemoryPeers implements PeerStore {
+export class MemoryPeers implements KnownPeers {
   readonly #pins: Map<string, string>
 
   constructor(pins: Iterable<readonly [string, string]> = []) {
@@ -57,12 +64,11 @@ export class MemoryPeers implements PeerStore {
     if (this.#pins.size < LIMITS.linkPeersMax) return true
     throw new LinkError(
       'NOT_WELCOME',
-      `${LIMITS.linkPeersMax} peers are known, and that is the most: forget one`,
+      `${LIMITS.linkPeersMax} peers are known, and that is the most: forget one with: fullstripe peer forget NAME`,
     )
   }
 
-  /** For an operator who knows why a peer has changed. @returns whether there was a pin */
-  forget(name: string): boolean {
+  async forget(name: string): Promise<boolean> {
     return this.#pins.delete(name)
   }
 
@@ -72,7 +78,7 @@ export class MemoryPeers implements PeerStore {
 }
 
 /** Pins in a JSON file, rewritten whole: the new file is synced before it takes the name of the old one. */
-export class FilePeers implements PeerStore {
+export class FilePeers implements KnownPeers {
   readonly #path: string
   readonly #memory: MemoryPeers
   readonly #changes = new Mutex()
@@ -117,12 +123,16 @@ export class FilePeers implements PeerStore {
     })
   }
 
-  /** @returns whether there was a pin; durable when resolved */
   forget(name: string): Promise<boolean> {
     return this.#changes.run(async () => {
+      if (this.#memory.pinned(name) === undefined) return false
       await this.#write(this.#memory.entries().filter(([other]) => other !== name))
-      return this.#memory.forget(name)
+      return await this.#memory.forget(name)
     })
+  }
+
+  entries(): [string, string][] {
+    return this.#memory.entries()
   }
 
   async #write(pins: [string, string][]): Promise<void> {
@@ -148,7 +158,7 @@ function changed(name: string, pinned: string, fingerprint: string): LinkError {
   return new LinkError(
     'IDENTITY',
     `the peer ${name} has the identity ${fingerprint}, and ${pinned} is pinned: ` +
-      'if that is right, forget the peer and connect again',
+      `if that is right, say so with: fullstripe peer forget ${name}`,
   )
 }
 

@@ -6,7 +6,7 @@ import { LinkClient } from '../link/client.ts'
 import { LinkError } from '../link/errors.ts'
 import { type Identity, openIdentity } from '../link/identity.ts'
 import type { LinkLog, LinkOptions } from '../link/options.ts'
-import { FilePeers, type PeerStore } from '../link/peers.ts'
+import { FilePeers, type KnownPeers } from '../link/peers.ts'
 import { openSecurity, type SecurityOptions } from '../link/security.ts'
 import { LinkServer } from '../link/server.ts'
 import type { Session } from '../link/session.ts'
@@ -29,13 +29,15 @@ export interface LinksOptions {
   readonly capabilities?: readonly string[]
   /** @param address that this side dialled; undefined: the peer did */
   onSession(session: Session, address: string | undefined): void
+  /** An address that is dialled gives no session, for a reason that only an operator can settle. */
+  onRefused(address: string, reason: LinkError): void
   /** In the place of files and sockets: a simulation's. */
   readonly world?: LinkWorld
 }
 
 export interface LinkWorld {
   readonly identity: Identity
-  readonly peers: PeerStore
+  readonly peers: KnownPeers
   /** Every stream that comes goes to `take`. */
   listen(take: (wire: Wire) => void): void
   /** @throws LinkError */
@@ -54,34 +56,49 @@ const PURPOSE = 'mirror'
 export class Links {
   readonly #options: LinksOptions
   readonly #link: LinkOptions
+  readonly #peers: KnownPeers
   readonly #dialled = new Map<string, Dialled>()
   #server: LinkServer | undefined
 
   /** @throws UserError what is wrong with keys, certificates, or the address */
   static async open(options: LinksOptions): Promise<Links> {
     const { directory, name, software, log, world } = options
+    const peers = world?.peers ?? (await FilePeers.open(join(directory, 'peers.json')))
     const link: LinkOptions = {
       identity: world?.identity ?? (await openIdentity(join(directory, 'identity'))),
       name,
       software,
       security: await openSecurity(options.security),
-      peers: world?.peers ?? (await FilePeers.open(join(directory, 'peers.json'))),
+      peers,
       capabilities: [
         { name: 'mirror-1', required: true },
         ...(options.capabilities ?? []).map((name) => ({ name, required: false })),
       ],
       log,
     }
-    return new Links(options, link)
+    return new Links(options, link, peers)
   }
 
-  private constructor(options: LinksOptions, link: LinkOptions) {
+  private constructor(options: LinksOptions, link: LinkOptions, peers: KnownPeers) {
     this.#options = options
+    this.#peers = peers
     this.#link = link
   }
 
   get fingerprint(): string {
     return this.#link.identity.fingerprint
+  }
+
+  /** Whom this side has met: names, each with the fingerprint that is pinned. */
+  peers(): readonly (readonly [string, string])[] {
+    return this.#peers.entries()
+  }
+
+  /** The next one that comes under that name is taken as it is. @returns whether it was known */
+  async forget(name: string): Promise<boolean> {
+    const known = await this.#peers.forget(name)
+    if (known) for (const { client } of this.#dialled.values()) client.retryNow()
+    return known
   }
 
   /** HOST:PORT as bound. */
@@ -141,7 +158,10 @@ export class Links {
         setImmediate(() => tell(session))
       },
       onLost: (reason) => tell(reason),
-      onRefused: (reason) => tell(reason),
+      onRefused: (reason) => {
+        tell(reason)
+        this.#options.onRefused(address, reason)
+      },
     })
     this.#dialled.set(address, { client, users: 1, waiting })
   }

@@ -1,5 +1,5 @@
 import { randomUUID } from 'node:crypto'
-import { UserError } from '../base/errors.ts'
+import { StoreError, UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
 import { formatSize } from '../base/sizes.ts'
 import { parseLinkAddress } from '../link/address.ts'
@@ -14,6 +14,7 @@ import type { Volume } from '../volume/volume.ts'
 import { type AskKind, answerAsk, ask } from './asks.ts'
 import { Links, type LinkWorld } from './links.ts'
 import { NbdTargets, parseNbdTarget } from './nbd-targets.ts'
+import { Peers } from './peers.ts'
 import { CHANNELS, LANES_CAPABILITY } from './protocol.ts'
 import { Relation, type RelationHost } from './relation.ts'
 import type {
@@ -49,6 +50,7 @@ interface KnownSession {
 }
 
 export class Mirrors implements MirrorControl {
+  readonly peers: Peers
   readonly #options: MirrorsOptions
   readonly #pool: Pool
   readonly #relations = new Map<number, Relation>()
@@ -91,6 +93,12 @@ export class Mirrors implements MirrorControl {
   private constructor(options: MirrorsOptions) {
     this.#options = options
     this.#pool = options.pool
+    this.peers = new Peers({
+      links: () => this.#link(),
+      sessions: () => [...this.#sessions].map(({ session }) => session),
+      relations: () => [...this.#relations.values()],
+      event: (kind, name, message) => options.event('info', kind, name, message, { peer: name }),
+    })
     this.#host = {
       book: options.pool.mirrors,
       event: (level, kind, object, message, who) => options.event(level, kind, object, message, who),
@@ -270,7 +278,12 @@ export class Mirrors implements MirrorControl {
     // In a turn of its own: the session has to start first.
     setImmediate(() => {
       for (const relation of this.#relations.values()) {
-        if (relation.isPrimary && relation.isPeer(session, address)) this.#connect(relation, session)
+        if (!relation.isPeer(session, address)) continue
+        relation.knowPeer(session).catch((error: unknown) => {
+          // The mirror is gone, or the pool takes no changes and says so: the next session comes here again.
+          if (!(error instanceof StoreError || error instanceof UserError)) throw error
+        })
+        if (relation.isPrimary) this.#connect(relation, session)
       }
     })
   }
@@ -480,6 +493,11 @@ export class Mirrors implements MirrorControl {
       ...(connections === undefined ? {} : { connections }),
       ...(world === undefined ? {} : { world }),
       onSession: (session, address) => this.#onSession(session, address),
+      onRefused: (address, { message }) => {
+        for (const { record, primary } of this.#relations.values()) {
+          if (record.address === address) primary?.unreachable(`no session with ${address}: ${message}`)
+        }
+      },
     }).then(
       (links) => {
         this.#links = links

@@ -248,6 +248,13 @@ export class Primary implements ChangeWatcher {
     }
   }
 
+  /** There is no session, and this is why. */
+  unreachable(reason: string): void {
+    const { state } = this.states
+    if (this.#remote === undefined && (state === 'connecting' || state === 'degraded'))
+      this.#enter(state, reason)
+  }
+
   /** The secondary answered to it, and may have lost it since. */
   missed(offset: number, length: number): void {
     this.#notes.changeRange(offset, length)

@@ -127,7 +127,20 @@ export class Relation {
   isPeer(session: Session, address: string | undefined): boolean {
     const { peer, address: dialled, kind } = this.record
     if (kind !== 'link') return false
-    return peer.fingerprint === session.peer.fingerprint || (peer.fingerprint === null && dialled === address)
+    if (peer.fingerprint !== null) return peer.fingerprint === session.peer.fingerprint
+    return peer.name === session.peer.name || dialled === address
+  }
+
+  /** The operator says that the peer may have another identity: the next one under that name is it. */
+  async forgetPeer(): Promise<void> {
+    await this.#host.book.save(this.record.id, { peer: { ...this.record.peer, fingerprint: null } })
+  }
+
+  /** That is it. */
+  async knowPeer({ peer: { name, fingerprint } }: Session): Promise<void> {
+    if (this.record.peer.fingerprint !== null) return
+    await this.#host.book.save(this.record.id, { peer: { ...this.record.peer, name, fingerprint } })
+    this.tell('info', 'mirror.peer', `${name} has the identity ${fingerprint} from now on`)
   }
 
   /** A session stands. The primary begins. */

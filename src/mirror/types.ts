@@ -116,7 +116,26 @@ export interface CopyExtent {
 }
 
 /** All mirrors of a daemon. Every method @throws UserError */
+/** Another daemon that this one has met. */
+export interface PeerInfo {
+  readonly name: string // HOST:PORT where this side dials
+  readonly fingerprint: string // of the identity that is pinned
+  readonly connected: boolean
+  readonly mirrors: readonly string[] // VOLUME/MIRROR whose other side it has
+}
+
+export interface PeerControl {
+  /** By name. @throws UserError */
+  list(): Promise<readonly PeerInfo[]>
+  /**
+   * Whoever comes next under that name is taken for it, by its mirrors, too.
+   * @returns what was known @throws UserError NOT_FOUND, BUSY while it is connected
+   */
+  forget(name: string): Promise<PeerInfo>
+}
+
 export interface MirrorControl {
+  readonly peers: PeerControl
   list(): readonly MirrorInfo[]
   /** @param name where the volume has only one mirror, it may be absent */
   show(volume: string, name?: string): MirrorInfo

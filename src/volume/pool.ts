@@ -1,7 +1,7 @@
 import { randomUUID } from 'node:crypto'
 import type { Logger } from 'pino'
 import { assert } from '../base/assert.ts'
-import { messageOf, StoreError, UserError } from '../base/errors.ts'
+import { messageOf, printable, StoreError, UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
 import { Mutex } from '../base/locks.ts'
 import { approximateSize } from '../base/sizes.ts'
@@ -668,10 +668,6 @@ export function volumeNameProblem(name: string): string | undefined {
   if (name !== name.trim()) return 'begins or ends with white space'
   if (name === '.' || name === '..') return 'is not allowed'
   return undefined
-}
-
-function printable(name: string): string {
-  return JSON.stringify(name.length > 80 ? `${name.slice(0, 80)}...` : name)
 }
 
 function asUserError(error: unknown, what: string): UserError {

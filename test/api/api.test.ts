@@ -282,6 +282,8 @@ describe('the control API', () => {
       '/v1/events',
       '/v1/mirrors',
       '/v1/openapi.json',
+      '/v1/peers',
+      '/v1/peers/{peer}',
       '/v1/pool',
       '/v1/status',
       '/v1/volumes',

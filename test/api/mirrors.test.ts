@@ -21,12 +21,13 @@ let daemon: Daemon
 let app: FastifyInstance
 
 /** Refuses, and tells with what it was called: so a request that gets this far was not refused by its schema, and went the right way. */
-function called(method: keyof MirrorControl) {
+function called(method: string) {
   return (...args: unknown[]): never => {
     throw new UserError('BUSY', `${method} ${JSON.stringify(args)}`)
   }
 }
 const refusing: MirrorControl = {
+  peers: { list: called('peers'), forget: called('forget') },
   list: () => [],
   show: called('show'),
   add: called('add'),
@@ -103,6 +104,8 @@ describe('requests about mirrors', () => {
     ['POST', `${one}/resolve`, { discard: 'local' }, 'resolve', [...named, 'local']],
     ['GET', `${one}/map?offset=0&length=4096&limit=1`, undefined, 'show', named],
     ['GET', `${one}/density?cells=1`, undefined, 'show', named],
+    ['GET', '/v1/peers', undefined, 'peers', []],
+    ['DELETE', '/v1/peers/site%20b', undefined, 'forget', ['site b']],
   ] as const)('%s %s %j is passed on', async (method, path, body, call, args) => {
     const { status, message } = await answer(method, path, body)
     expect(status).toBe(409)

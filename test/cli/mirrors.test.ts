@@ -1,7 +1,7 @@
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, it, vi } from 'vitest'
 import type { CopyMapPage, MirrorList, StatusInfo } from '../../src/api/types.ts'
-import type { MirrorInfo } from '../../src/mirror/types.ts'
+import type { MirrorInfo, PeerInfo } from '../../src/mirror/types.ts'
 import { NbdClient } from '../../src/nbd/client.ts'
 import { type CommandResult, DaemonProcess, fullstripe, temporaryDirectory } from '../support/daemon.ts'
 import { until } from '../support/poll.ts'
@@ -113,6 +113,24 @@ describe('a mirror on the command line', () => {
       code: 1,
       message: 'mirror data/south is async and never insync: wait for cycling',
     })
+  })
+
+  it('makes the daemons know each other, and one that is connected is not forgotten', async () => {
+    expect(await said(north, 'peer', 'list')).toMatch(
+      new RegExp(`^PEER +CONNECTED +MIRRORS +FINGERPRINT\n${address} +yes +data/south +sha256:\\S+\n$`),
+    )
+    const [peer] = await json<PeerInfo[]>(south, 'peer', 'list')
+    expect(peer).toMatchObject({ name: expect.stringMatching(/^north-\w{8}$/), connected: true })
+    expect(peer?.mirrors).toEqual([expect.stringMatching(/^copy\/north/)])
+    expect(failure(await run(north, 'peer', 'forget', address))).toEqual({
+      code: 1,
+      message: `the peer ${address} is connected, and has the identity that is pinned: there is nothing to forget`,
+    })
+    expect(failure(await run(north, 'peer', 'forget', 'south'))).toEqual({
+      code: 1,
+      message: 'there is no peer "south": see the names with: fullstripe peer list',
+    })
+    expect(failure(await run(north, 'peer')).code).toBe(2)
   })
 
   it('is in status, the metrics and the map', async () => {

@@ -1,4 +1,4 @@
-import { writeFileSync } from 'node:fs'
+import { rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { afterAll, afterEach, describe, expect, it, vi } from 'vitest'
 import { StoreError } from '../../src/base/errors.ts'
@@ -110,6 +110,49 @@ describe.each(DATAPATHS)('peers, %s', (datapath) => {
         await checked(pair)
       }
     },
+  )
+
+  once?.(
+    'another identity under a known name is refused, until its operator forgets the peer; the mirror goes on then',
+    async () => {
+      const { pair, client, versions } = await mirrored(datapath, 'sync')
+      for (const [changed, other] of [
+        [pair.two, pair.one],
+        [pair.one, pair.two],
+      ] as const) {
+        const [known] = await other.mirrors.peers.list()
+        expect(known).toMatchObject({ connected: true, mirrors: [expect.stringMatching(/^data\//)] })
+        const name = known?.name ?? ''
+        await expect(other.mirrors.peers.forget(name)).rejects.toMatchObject({ code: 'BUSY' })
+        await expect(other.mirrors.peers.forget('nobody')).rejects.toMatchObject({ code: 'NOT_FOUND' })
+        const writer = changed === pair.one ? undefined : client
+        await changed.close()
+        rmSync(join(changed.directory, 'identity'))
+        await changed.open()
+        const { one, two } = pair
+        if (writer !== undefined) await versions.write(writer, 5)
+        const refusal = /has the identity sha256:\S+, and sha256:\S+ is pinned: .*fullstripe peer forget/
+        await until(() => refusal.test(one.show('data').reason ?? ''), 'it says why')
+        expect((await other.mirrors.peers.list()).map(({ connected }) => connected)).toEqual([false])
+
+        const forgotten = await other.mirrors.peers.forget(name)
+        expect(forgotten).toEqual({ ...known, connected: false })
+        if (other === two) await one.mirrors.resume('data') // or after a while
+        await settled(one)
+        const [again] = await other.mirrors.peers.list()
+        expect(again).toMatchObject({ name, connected: true, mirrors: known?.mirrors })
+        expect(again?.fingerprint).not.toBe(known?.fingerprint)
+        await equal(pair)
+        // That is stored: nobody else comes under that name.
+        await other.restart()
+        await settled(one)
+        expect((await other.mirrors.peers.list())[0]).toMatchObject({ name, fingerprint: again?.fingerprint })
+        expect(other.events.some(({ kind }) => kind === 'peer.forgotten')).toBe(true)
+        expect(two.pool.mirrors.all()[0]?.record.peer.fingerprint).toMatch(/^sha256:/)
+        expect(one.pool.mirrors.all()[0]?.record.peer.fingerprint).toMatch(/^sha256:/)
+      }
+    },
+    60_000,
   )
 
   once?.(
