@@ -46,7 +46,9 @@ pool_is() { api /v1/status | tee "$work/status.json" | jq -e --arg state "$1" ".
 volume_told() { # KIND
   api /v1/events | jq -e --arg kind "$1" "any(.events[]; .kind == \$kind)"
 }
-says_what_to_do() { fullstripe status | tee /dev/stderr | grep -q 'FAILED .*restart the daemon'; }
+says_what_to_do() {
+  fullstripe status >"$work/status.txt" && cat "$work/status.txt" && grep -q 'FAILED .*restart the daemon' "$work/status.txt"
+}
 file_is() { [[ $(md5sum <"$mounted/$1") == "$(<"$work/$1.md5")" ]]; }
 write_file() { # NAME
   head -c 8M /dev/urandom >"$work/$1"
