@@ -1,6 +1,6 @@
 /**
- * Which identity each peer has: pinned when a peer of that name (of that address, where this side dials) first proves one, and never changed by the link. A pin is durable before the
- * peer is trusted, so the first contact is the only one that takes an identity as it comes.
+ * Which identity each peer has: pinned when a peer of that name (of that address, where this side dials) first proves one, and never
+ * changed by the link. A pin is durable before the peer is trusted, so the first contact is the only one that takes an identity as it comes.
  */
 import { randomUUID } from 'node:crypto'
 import { open, readFile, rename, unlink } from 'node:fs/promises'

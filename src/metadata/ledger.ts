@@ -24,9 +24,9 @@ import type { Commit, TransactionalStore } from './store.ts'
  *     flush, record and commit is refused, and nothing is promised that may not be there. A sync is not tried again, because
  *     the second one would succeed without having written anything; and the syncs of flushes and checkpoints never overlap,
  *     because the kernel tells an error to one of them only. The journal is told, so that a restart counts as a
- *     power cut (journal.ts). An I/O error of LMDB, of a mark, or of a frame that cannot be taken back, fails the ledger too, because nobody knows what is stored; but
- *     the page cache of members and journal is as good as ever, and a restart finds every answered write there. Where LMDB
- *     just has no room, the commit is tried again.
+ *     power cut (journal.ts). An I/O error of LMDB, of a mark, or of a frame that cannot be taken back, fails the ledger too,
+ *     because nobody knows what is stored; but the page cache of members and journal is as good as ever, and a restart finds every
+ *     answered write there. Where LMDB just has no room, the commit is tried again.
  */
 
 /** The tables whose changes the ledger makes durable. */
