@@ -18,6 +18,7 @@ import { LIMITS } from '../base/limits.ts'
 import type { Daemon, FrontEnd } from '../daemon/daemon.ts'
 import { claimSocketPath } from '../daemon/socket-claim.ts'
 import type { MirrorControl } from '../mirror/types.ts'
+import { compilersFactory } from './compilers.ts'
 import { controlPath } from './control-path.ts'
 import { answerError, errorBody } from './errors.ts'
 import { eventRoutes } from './events.ts'
@@ -44,6 +45,7 @@ export function createApi(daemon: Daemon, mirrors: MirrorControl = daemon.mirror
     forceCloseConnections: true,
     routerOptions: { maxParamLength: 3 * LIMITS.volumeNameBytesMax },
     ajv: { customOptions: { coerceTypes: false, removeAdditional: false, allowUnionTypes: true } },
+    schemaController: { compilersFactory },
   })
   app.setErrorHandler((error, request, reply) => answerError(error, request, reply))
   app.setNotFoundHandler((request, reply) => {

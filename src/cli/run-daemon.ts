@@ -7,7 +7,6 @@
  * daemon gets no default ones. An error nobody handled is our own bug: it is logged and the process ends.
  */
 import type { pino } from 'pino'
-import { listenControl } from '../api/server.ts'
 import { messageOf } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
 import type { DaemonConfig } from '../daemon/config.ts'
@@ -29,6 +28,8 @@ export async function runDaemon(config: DaemonConfig, cli: Cli): Promise<void> {
   const stopped = stopSignal(log)
   const daemon = await Daemon.start(config, log)
   try {
+    // Loaded last: disks that wait for a restarted daemon are served by now.
+    const { listenControl } = await import('../api/server.ts')
     daemon.addFrontEnd(await listenControl(daemon))
   } catch (error) {
     await daemon.stop()
