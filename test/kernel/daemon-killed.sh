@@ -18,7 +18,7 @@ file_is_whole() { fio_again first "$killed_file_size"; }
 daemon_killed_scenario() { # CONNECTIONS
   local volume=killed-$1 before
   tap_section "$datapath, daemon killed, $1 connection(s)"
-  tap_check 'volume created' fullstripe volume create "$volume" --size "$killed_volume_size"
+  tap_check 'volume created' make_volume "$volume" "$killed_volume_size"
   tap_check 'attached' attach_volume "$volume" "$1" "$killed_volume_size"
   tap_check 'mkfs' make_fs ext4
   tap_check 'mounted' mount_fs
@@ -42,6 +42,6 @@ daemon_killed_scenario() { # CONNECTIONS
   tap_check 'mounted again' mount_fs
   tap_check 'fio finds every block again' file_is_whole
   tap_check 'unmounted again' unmount_fs
-  tap_check 'detached' detach_volume
+  tap_check 'detached' disconnect_volume
   tap_going || let_go
 }

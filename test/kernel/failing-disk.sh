@@ -106,7 +106,7 @@ failing_disk_scenario() {
   tap_check 'a new daemon answers' daemon_answers
   tap_check 'the pool is healed' pool_is online
   tap_check 'what was hot is suspect' bash -c "jq -e '.volumes[0].intents.suspect > 0' '$work/status.json'"
-  tap_check 'attached again' attach_volume data 1 "$volume_size"
+  tap_check 'attached again' connect_volume data "$volume_size"
   tap_check 'the file system recovers' bash -c "fsck.ext4 -f -y '$device'; [[ \$? -le 1 ]]"
   tap_check 'and is clean' check_fs ext4
   tap_check 'mounted once more' mount_fs
@@ -114,7 +114,7 @@ failing_disk_scenario() {
   tap_check 'another can be written' write_file another
   tap_check 'and synced, too' sync -f "$mounted"
   tap_check 'unmounted in the end' unmount_fs
-  tap_check 'detached in the end' detach_volume
+  tap_check 'detached in the end' disconnect_volume
   stop_daemon
   tap_check 'the daemon ends in order' daemon_stopped_well
 }

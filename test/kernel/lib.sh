@@ -72,9 +72,16 @@ start_daemon() { # DATAPATH
   node dist/cli/main.js serve "$pool" --datapath "$1" >"$work/daemon.log" 2>&1 &
   daemon=$!
 }
-# The log is looked at before the API is called: on an emulated processor each call of the CLI takes seconds.
 daemon_started() { grep -q '"daemon.started"' "$work/daemon.log"; }
-api() { curl -sS --fail --unix-socket "$pool/control.sock" "http://localhost$1"; }
+# On an emulated processor a call of the CLI takes seconds: what a test is not about goes by the API.
+api() { # PATH [CURL-ARGUMENT...]
+  local path=$1
+  shift
+  curl -sS --fail-with-body --unix-socket "$pool/control.sock" "http://localhost$path" "$@"
+}
+make_volume() { # NAME SIZE
+  api /v1/volumes -H 'content-type: application/json' -d "{ \"name\": \"$1\", \"size\": $2 }"
+}
 status_answers() { api /v1/status >"$work/status.json"; }
 daemon_answers() {
   wait_until 180 daemon_started && wait_until 60 status_answers && return
@@ -116,6 +123,18 @@ detached() { ! attached; }
 device_size() { echo $(($(<"/sys/block/${device##*/}/size") * 512)); }
 # Writes the kernel has finished on the device since the module was loaded.
 device_writes() { awk '{ print $5 }' "/sys/block/${device##*/}/stat"; }
+
+# Without the CLI and its keeper, for tests in which the daemon does not come back to the device.
+connect_volume() { # VOLUME SIZE
+  nbd-client -unix "$pool/nbd.sock" "$device" -N "$1" -timeout 5
+  wait_until 20 attached
+  [[ $(device_size) == "$2" ]]
+}
+disconnect_volume() {
+  nbd-client -d "$device"
+  wait_until 20 detached
+  wait_until 20 connections_are 0
+}
 
 attach_volume() { # VOLUME CONNECTIONS SIZE
   # Short times: requests in flight at a kill are sent again soon, and a daemon that is gone for good ends the test.

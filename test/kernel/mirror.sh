@@ -44,6 +44,11 @@ write_synced() { # NAME COUNT
 }
 synced_are_there() { (cd "$mounted" && sha256sum --quiet -c "$work/$1.sums"); }
 mirror_state() { api /v1/mirrors | jq -r '.mirrors[0].state' >"$work/state" && grep -qE "$1" "$work/state"; }
+make_pools() { # side by side
+  node dist/cli/main.js pool create "$pool" &
+  node dist/cli/main.js pool create "$pool2"
+  wait $!
+}
 let_device_go() {
   umount -l "$mounted" 2>/dev/null || true
   nbd-client -d "$device" >/dev/null 2>&1 || true
@@ -51,21 +56,21 @@ let_device_go() {
 }
 
 scenario() { # MODE
-  local mode=$1 goal before
+  local mode=$1 goal before how=()
   goal=$([[ $mode == sync ]] && echo insync || echo cycling)
   tap_section "$datapath, $mode: the primary dies, the secondary goes on, and back"
   pool=$work/one-$mode
   pool2=$work/two-$mode
   : >"$work/first.sums"
   : >"$work/second.sums"
-  tap_check 'a pool here' node dist/cli/main.js pool create "$pool"
-  tap_check 'a pool there' node dist/cli/main.js pool create "$pool2"
+  [[ $mode == sync ]] || how=(--interval 5s)
+  tap_check 'a pool here, and one there' make_pools
   start_daemon "$datapath"
   start_second
   tap_check 'two daemons' eval 'daemon_answers && wait_until 180 second_started'
-  tap_check 'volume' fullstripe volume create disk --size "$volume_size"
-  tap_check 'mirrored before the first write' fullstripe mirror add disk "$(second_link)" --mode "$mode" --wait
-  tap_check 'attached' attach_volume disk 1 "$volume_size"
+  tap_check 'volume' make_volume disk "$volume_size"
+  tap_check 'mirrored before the first write' fullstripe mirror add disk "$(second_link)" --mode "$mode" "${how[@]}" --wait
+  tap_check 'attached' connect_volume disk "$volume_size"
   tap_check 'mkfs' make_fs ext4
   tap_check 'mounted' mount_fs
   tap_check 'files, each fsynced' write_synced first 10
@@ -82,7 +87,7 @@ scenario() { # MODE
 
   tap_check 'the secondary refused writes until now' on_second secondary_is_read_only
   tap_check 'promoted' on_second fullstripe mirror promote disk
-  tap_check 'attached there' on_second attach_volume disk 1 "$volume_size"
+  tap_check 'attached there' on_second connect_volume disk "$volume_size"
   tap_check 'mounted there' mount_fs
   tap_check 'every file of before is there' synced_are_there first
   if [[ $mode == sync ]]; then tap_check 'every fsynced file is there' synced_are_there last; fi
@@ -97,17 +102,17 @@ scenario() { # MODE
   tap_check 'it gives up what only it has' fullstripe mirror resolve disk --discard local
   tap_check 'and gets what changed' on_second fullstripe mirror wait disk --timeout 120s
   tap_check 'unmounted there' unmount_fs
-  tap_check 'detached there' on_second detach_volume
+  tap_check 'detached there' on_second disconnect_volume
   tap_check 'demoted there' on_second fullstripe mirror demote disk
   tap_check 'promoted here' fullstripe mirror promote disk
-  tap_check 'attached here' attach_volume disk 1 "$volume_size"
+  tap_check 'attached here' connect_volume disk "$volume_size"
   tap_check 'fsck is clean here' check_fs ext4
   tap_check 'mounted here' mount_fs
   tap_check 'files of the first' synced_are_there first
   tap_check 'files of the second' synced_are_there second
   tap_check 'mirrored the other way again' wait_until 60 mirror_state "$goal"
   tap_check 'unmounted here' unmount_fs
-  tap_check 'detached here' detach_volume
+  tap_check 'detached here' disconnect_volume
   tap_going || let_go
   stop_daemon
   tap_check 'the daemon stops well' daemon_stopped_well

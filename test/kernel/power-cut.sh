@@ -139,11 +139,11 @@ cut_scenario() { # FROM TO
   tap_going || return 0
   start_daemon "$datapath"
   tap_check 'the daemon opens it' daemon_answers
-  tap_check 'attached' attach_volume disk 1 "$volume_size"
+  tap_check 'attached' connect_volume disk "$volume_size"
   tap_check 'the file system on the volume recovers and is clean' mount_after_failure
   tap_check 'every file is there whose fsync had ended' flushed_files_are_there "$2"
   tap_check 'unmounted' unmount_fs
-  tap_check 'detached' detach_volume
+  tap_check 'detached' disconnect_volume
   tap_going || let_go
   stop_daemon
   tap_check 'SIGTERM ended the daemon with 0' daemon_stopped_well
@@ -164,8 +164,8 @@ run() {
   tap_going || return 0
   start_daemon "$datapath"
   tap_check 'the daemon answers' daemon_answers
-  tap_check 'volume created' fullstripe volume create disk --size "$volume_size"
-  tap_check 'attached' attach_volume disk 1 "$volume_size"
+  tap_check 'volume created' make_volume disk "$volume_size"
+  tap_check 'attached' connect_volume disk "$volume_size"
   tap_check 'mkfs' make_fs ext4
   tap_check 'mounted' mount_fs
   tap_going || return 0
@@ -175,7 +175,7 @@ run() {
   end_of_note
   stop_noise
   tap_check 'unmounted' unmount_fs
-  tap_check 'detached' detach_volume
+  tap_check 'detached' disconnect_volume
   stop_daemon
   tap_check 'the disk is put away' put_everything_away
   tap_check 'moments chosen' choose_moments
