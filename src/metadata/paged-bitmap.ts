@@ -100,17 +100,25 @@ export class PagedBitmap {
     return this.#adopt(bits, false)
   }
 
+  /** Pages without a 1 stay untouched, and without memory behind them. */
+  #longer(length: number): Bitmap {
+    const { words } = this.#bits
+    const longer = new Uint32Array(Bitmap.wordCount(length))
+    for (let at = this.nextSet(0); at < this.#length; ) {
+      const page = Math.floor(at / REGION_PAGE_BITS)
+      longer.set(words.subarray(page * PAGE_WORDS, (page + 1) * PAGE_WORDS), page * PAGE_WORDS)
+      at = this.nextSet((page + 1) * REGION_PAGE_BITS)
+    }
+    return new Bitmap(length, longer)
+  }
+
   /** What lies past a new end is forgotten. @returns takes that back */
   resize(length: number): () => void {
     const before = this.#length
     const undo = this.clear(length)
-    this.#length = length
     // A shorter one keeps its memory: it may have to come back.
-    if (this.#bits.length < length) {
-      const longer = new Uint32Array(Bitmap.wordCount(length))
-      longer.set(this.#bits.words)
-      this.#bits = new Bitmap(length, longer)
-    }
+    if (this.#bits.length < length) this.#bits = this.#longer(length)
+    this.#length = length
     return () => {
       this.clear(before)
       this.#length = before
