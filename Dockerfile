@@ -25,7 +25,7 @@ FROM ${BASE}
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends nbd-client kmod \
  && rm -rf /var/lib/apt/lists/* \
- && ln -s /opt/fullstripe/dist/cli/main.js /usr/local/bin/fullstripe
+ && ln -s /opt/fullstripe/dist/program/fullstripe.js /usr/local/bin/fullstripe
 COPY --from=build /opt/fullstripe /opt/fullstripe
 ENV NODE_ENV=production FULLSTRIPE_POOL=/pool
 VOLUME /pool

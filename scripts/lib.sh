@@ -14,4 +14,4 @@ die() {
 have() { command -v "$1" >/dev/null 2>&1; }
 
 # The commands of the working tree, whatever is installed on the machine.
-fullstripe() { node "$root/dist/cli/main.js" "$@"; }
+fullstripe() { node "$root/dist/program/fullstripe.js" "$@"; }

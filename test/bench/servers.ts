@@ -18,8 +18,8 @@ export interface Server {
   stop(): Promise<void>
 }
 
-/** dist/cli/main.js, from dist/bench/test/bench. */
-const CLI = fileURLToPath(new URL('../../../cli/main.js', import.meta.url))
+/** The program, from dist/bench/test/bench. */
+const CLI = fileURLToPath(new URL('../../../program/fullstripe.js', import.meta.url))
 export const EXPORT = 'disk'
 
 /** Runs a command of the CLI and returns its JSON. */

@@ -13,7 +13,7 @@ import { until, within } from '../support/poll.ts'
 const SLOW = 60_000
 vi.setConfig({ testTimeout: 2 * SLOW, hookTimeout: SLOW })
 
-const main = fileURLToPath(new URL('../../dist/cli/main.js', import.meta.url))
+const main = fileURLToPath(new URL('../../dist/program/fullstripe.js', import.meta.url))
 const directory = temporaryDirectory()
 const pool = join(directory.path, 'pool')
 const uri = `nbd+unix:///v?socket=${join(pool, 'nbd.sock')}`

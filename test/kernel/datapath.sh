@@ -16,7 +16,7 @@ esac
 run() {
   local one connections
   tap_section "$datapath"
-  tap_check 'pool created' node dist/cli/main.js pool create "$pool"
+  tap_check 'pool created' node dist/program/fullstripe.js pool create "$pool"
   tap_going || return 0
   start_daemon "$datapath"
   tap_check 'the daemon answers' daemon_answers

@@ -101,7 +101,7 @@ failing_disk_scenario() {
   stop_daemon
   tap_check 'the daemon says that it did not end in order' daemon_stopped_badly
 
-  tap_check 'the pool checks clean' node dist/cli/main.js check "$pool"
+  tap_check 'the pool checks clean' node dist/program/fullstripe.js check "$pool"
   start_daemon "$datapath"
   tap_check 'a new daemon answers' daemon_answers
   tap_check 'the pool is healed' pool_is online

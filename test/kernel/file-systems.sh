@@ -59,7 +59,7 @@ after_restart() { # FILE-SYSTEM CONNECTIONS
   tap_section "$datapath, after a restart"
   stop_daemon
   tap_check 'SIGTERM ended the daemon with 0' daemon_stopped_well
-  tap_check 'check finds the pool clean' node dist/cli/main.js check "$pool"
+  tap_check 'check finds the pool clean' node dist/program/fullstripe.js check "$pool"
   start_daemon "$datapath"
   tap_check 'the daemon answers' daemon_answers
   tap_check 'attached' connect_volume "$volume" "$fs_volume_size"

@@ -9,7 +9,7 @@ export PATH=$PATH:/usr/sbin:/sbin
 . test/tap.sh
 
 daemon=''
-fullstripe() { node dist/cli/main.js "$@" --pool "$pool"; }
+fullstripe() { node dist/program/fullstripe.js "$@" --pool "$pool"; }
 bail() {
   printf 'Bail out! %s\n' "$*"
   exit 1
@@ -22,7 +22,7 @@ need_everything() {
     command -v "$program" >/dev/null || bail "$program is missing: run scripts/setup --test"
   done
   ((EUID == 0)) || bail 'root is needed to attach and mount'
-  [[ -f dist/cli/main.js ]] || bail 'dist/ is missing: run scripts/setup'
+  [[ -f dist/program/fullstripe.js ]] || bail 'dist/ is missing: run scripts/setup'
   [[ -e /sys/block/nbd0 ]] || modprobe nbd || bail 'this kernel has no nbd driver'
 }
 
@@ -69,7 +69,7 @@ clean_up() {
 # ---- daemon -------------------------------------------------------------------------------------------
 # In the background of the main shell, not of a check's, so that its exit status can be waited for.
 start_daemon() { # DATAPATH
-  node dist/cli/main.js serve "$pool" --datapath "$1" >"$work/daemon.log" 2>&1 &
+  node dist/program/fullstripe.js serve "$pool" --datapath "$1" >"$work/daemon.log" 2>&1 &
   daemon=$!
 }
 daemon_started() { grep -q '"daemon.started"' "$work/daemon.log"; }

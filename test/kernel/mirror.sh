@@ -21,7 +21,7 @@ on_second() {
   "$@"
 }
 start_second() {
-  node dist/cli/main.js serve "$pool2" --datapath "$datapath" --link 127.0.0.1:0 >"$work/second.log" 2>&1 &
+  node dist/program/fullstripe.js serve "$pool2" --datapath "$datapath" --link 127.0.0.1:0 >"$work/second.log" 2>&1 &
   daemon2=$!
 }
 second_started() { grep -q '"daemon.started"' "$work/second.log"; }
@@ -45,8 +45,8 @@ write_synced() { # NAME COUNT
 synced_are_there() { (cd "$mounted" && sha256sum --quiet -c "$work/$1.sums"); }
 mirror_state() { api /v1/mirrors | jq -r '.mirrors[0].state' >"$work/state" && grep -qE "$1" "$work/state"; }
 make_pools() { # side by side
-  node dist/cli/main.js pool create "$pool" &
-  node dist/cli/main.js pool create "$pool2"
+  node dist/program/fullstripe.js pool create "$pool" &
+  node dist/program/fullstripe.js pool create "$pool2"
   wait $!
 }
 let_device_go() {

@@ -114,7 +114,7 @@ build_disk() { # FROM TO
   cp --sparse=always "$work/replay.img" "$work/cut.img"
   mount -o loop "$work/cut.img" "$below"
 }
-pool_is_clean() { node dist/cli/main.js check "$pool"; }
+pool_is_clean() { node dist/program/fullstripe.js check "$pool"; }
 mount_after_failure() {
   mount_fs
   umount "$mounted"
@@ -160,7 +160,7 @@ run() {
   modprobe loop 2>/dev/null || true # where it is no module, it is there
   make_devices
   boot 1
-  tap_check 'pool created' node dist/cli/main.js pool create "$pool" --capacity 256M
+  tap_check 'pool created' node dist/program/fullstripe.js pool create "$pool" --capacity 256M
   tap_going || return 0
   start_daemon "$datapath"
   tap_check 'the daemon answers' daemon_answers

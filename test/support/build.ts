@@ -7,12 +7,9 @@ import { fileURLToPath } from 'node:url'
 const root = fileURLToPath(new URL('../..', import.meta.url))
 
 export default function build(): void {
-  const built = statSync(join(root, 'dist/cli/main.js'), { throwIfNoEntry: false })?.mtimeMs ?? 0
+  const built = statSync(join(root, 'dist/program/fullstripe.js'), { throwIfNoEntry: false })?.mtimeMs ?? 0
   if (newest(join(root, 'src')) < built) return
-  const { status, stdout, stderr } = spawnSync('node_modules/.bin/tsc', ['-p', 'tsconfig.build.json'], {
-    cwd: root,
-    encoding: 'utf8',
-  })
+  const { status, stdout, stderr } = spawnSync('scripts/build', { cwd: root, encoding: 'utf8' })
   // Types are checked by scripts/test; what compiles all the same can be tested.
   if (status !== 0) console.error(`src/ has type errors:\n${stdout}${stderr}`)
 }

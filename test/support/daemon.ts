@@ -8,7 +8,7 @@ import { Client } from '../../src/cli/client.ts'
 import { until } from './poll.ts'
 
 /** The program as users run it: commands and daemons as processes of their own, from dist/. */
-const MAIN = fileURLToPath(new URL('../../dist/cli/main.js', import.meta.url))
+const MAIN = fileURLToPath(new URL('../../dist/program/fullstripe.js', import.meta.url))
 
 export interface CommandResult {
   readonly code: number | null
