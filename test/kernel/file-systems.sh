@@ -4,7 +4,9 @@
 fs_volume_size=$((512 * 1024 * 1024))
 fs_file_size=$((16 * 1024 * 1024))
 
-formatted_bytes() { api "/v1/volumes/$1" | jq .used; } # VOLUME
+formatted_bytes() { # VOLUME: as the map says
+  fullstripe volume map "$1" --json | jq '[.extents[] | select(.formatted) | .length] | add // 0'
+}
 # Bytes of the file system under the pool that the pool takes up.
 pool_blocks() { du -sk "$pool" | cut -f1; }
 
@@ -55,17 +57,17 @@ file_system_scenario() { # FILE-SYSTEM CONNECTIONS
 
 # The last volume of the run, through a daemon that was stopped in between.
 after_restart() { # FILE-SYSTEM CONNECTIONS
-  local fs=$1 volume=$1-$2 # of those CONNECTIONS then; one is enough to read it
+  local fs=$1 volume=$1-$2
   tap_section "$datapath, after a restart"
   stop_daemon
   tap_check 'SIGTERM ended the daemon with 0' daemon_stopped_well
   tap_check 'check finds the pool clean' node dist/program/fullstripe.js check "$pool"
   start_daemon "$datapath"
   tap_check 'the daemon answers' daemon_answers
-  tap_check 'attached' connect_volume "$volume" "$fs_volume_size"
+  tap_check 'attached' attach_volume "$volume" "$2" "$fs_volume_size"
   tap_check 'fsck is clean' check_fs "$fs"
   tap_check 'mounted' mount_fs
   tap_check 'files are the same' files_are_kept
   tap_check 'unmounted' unmount_fs
-  tap_check 'detached' disconnect_volume
+  tap_check 'detached' detach_volume
 }

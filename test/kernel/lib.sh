@@ -132,6 +132,7 @@ connect_volume() { # VOLUME SIZE
   nbd-client -unix "$pool/nbd.sock" "$device" -N "$1" -timeout 5
   wait_until 20 attached
   [[ $(device_size) == "$2" ]]
+  wait_until 20 connections_are 1
 }
 disconnect_volume() {
   nbd-client -d "$device"
