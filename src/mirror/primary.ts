@@ -321,6 +321,7 @@ export class Primary implements ChangeWatcher {
       } catch (error) {
         if (error instanceof Interrupted) continue
         const reason = messageOf(error)
+        this.#refusePoints(reason)
         if (error instanceof RemoteError) {
           if (error.fate === 'lost') {
             remote.close(reason) // where it is not over yet
@@ -340,7 +341,7 @@ export class Primary implements ChangeWatcher {
         this.#breakCycle(true)
       }
     }
-    for (const { reject } of this.#points.splice(0)) reject(new Interrupted('the session is over'))
+    this.#refusePoints('the session is over')
     this.#park()
   }
 
@@ -375,6 +376,7 @@ export class Primary implements ChangeWatcher {
   }
 
   async #rest(): Promise<void> {
+    this.#refusePoints(this.record.paused ? 'the mirror is paused' : 'the mirror is changed')
     this.#park()
     this.#refusal = undefined // nothing is asked for that could be refused; and `#idle` would not wait
     await this.#idle()
@@ -540,8 +542,11 @@ export class Primary implements ChangeWatcher {
     this.#progress.end()
     this.#throwIfInterrupted()
     this.#enter('insync')
-    await this.#idle()
-    this.#throwIfInterrupted()
+    while (this.#forwarder.following) {
+      for (const point of this.#points.splice(0)) await this.#answerPoint(remote, point)
+      if (this.#points.length === 0) await this.#idle()
+      this.#throwIfInterrupted()
+    }
     throw new Interrupted('the session is over')
   }
 
@@ -782,22 +787,38 @@ export class Primary implements ChangeWatcher {
     })
   }
 
-  /** Signatures of both sides while they are at one point in time. Requests wait while this side's are computed. */
-  async #atPoint(remote: Remote, ranges: readonly Range[]): Promise<{ ours: Buffer; theirs: Buffer }> {
-    const { volume } = this.#host
-    const read = (offset: number, target: Buffer): Promise<void> => volume.read(offset, target)
-    if (this.#forwarder.following) {
-      return volume.quiesce(async () => {
-        await remote.fence()
-        const [ours, theirs] = await Promise.all([signaturesOf(ranges, read), remote.signatures(ranges)])
-        return { ours, theirs }
-      })
-    }
-    // The next cycle computes them as it closes; the other side's follow its commit, before the cycle after it.
+  /** Signatures of both sides while they are at one point in time: the session's run computes them, when it comes to one. */
+  #atPoint(remote: Remote, ranges: readonly Range[]): Promise<{ ours: Buffer; theirs: Buffer }> {
     return new Promise((resolve, reject) => {
+      if (this.#remote !== remote) throw new Interrupted('the session is over')
       this.#points.push({ ranges, resolve, reject })
       this.#wake?.()
     })
+  }
+
+  /** While every request goes to both sides; requests wait while this side's are computed. */
+  async #answerPoint(remote: Remote, point: PointWanted): Promise<void> {
+    const { volume } = this.#host
+    const read = (offset: number, target: Buffer): Promise<void> => volume.read(offset, target)
+    try {
+      await volume.quiesce(async () => {
+        // The sides may have gone on alone while this waited for the requests: the next point in time will do.
+        if (!this.#forwarder.following) {
+          this.#points.push(point)
+          return
+        }
+        await remote.fence()
+        const { ranges } = point
+        const [ours, theirs] = await Promise.all([signaturesOf(ranges, read), remote.signatures(ranges)])
+        point.resolve({ ours, theirs })
+      })
+    } catch (error) {
+      point.reject(error)
+    }
+  }
+
+  #refusePoints(reason: string): void {
+    for (const { reject } of this.#points.splice(0)) reject(new Interrupted(reason))
   }
 
   /** Sent again, as if they had changed. */

@@ -104,5 +104,32 @@ describe.each(DATAPATHS)('a comparison of a live pair, %s', (datapath) => {
       expect((await verified(one)).differences).toEqual([])
       expect((await two.content('data')).equals(await one.content('data'))).toBe(true)
     })
+
+    it('mends more than it compares at one point in time', async () => {
+      const { one, two } = await start()
+      await until(() => one.show('data').lag.bytes === 0, 'nothing lacking')
+      for (let at = 0; at < 24 * MIB; at += MIB) {
+        expect(await two.pool.volume('data').submit('write', at, 512, 0, Buffer.alloc(512, 0xbd))).toBe(0)
+      }
+      const repaired = await verified(one, { repair: true })
+      expect(repaired.repaired).toBe(true)
+      expect(repaired.differing).toBe(24 * UNIT)
+      await one.reach('data', state)
+      await until(() => one.show('data').lag.bytes === 0, 'nothing lacking')
+      expect((await verified(one)).differences).toEqual([])
+      expect((await two.content('data')).equals(await one.content('data'))).toBe(true)
+    })
+
+    it('ends when the mirror is paused', async () => {
+      const { one, two } = await start()
+      await until(() => one.show('data').lag.bytes === 0, 'nothing lacking')
+      expect(await two.pool.volume('data').submit('write', 0, 512, 0, Buffer.alloc(512, 0xbd))).toBe(0)
+      await one.mirrors.verify('data', undefined, {})
+      await one.mirrors.pause('data', undefined)
+      await until(() => one.show('data').verify?.ended !== null, 'the end of the comparison', 30_000)
+      await one.mirrors.resume('data', undefined)
+      await one.reach('data', state)
+      expect((await verified(one)).differing).toBe(UNIT)
+    })
   })
 })
