@@ -168,5 +168,5 @@ assert(LIMITS.hotRegionsMax <= LIMITS.hotRegionsLimit)
 assert(LIMITS.linkConnectionWindow >= 4 * LIMITS.linkPayloadMax)
 assert(LIMITS.linkChannelWindow >= 2 * LIMITS.linkPayloadMax)
 assert(LIMITS.linkSessionWindowMax >= LIMITS.linkChannelWindow)
-assert(2 * LIMITS.mirrorTargetFlushMs < LIMITS.hotRegionCoolMs) // intents cover what is not flushed there (mirror/nbd-remote.ts)
+assert(2 * LIMITS.mirrorTargetFlushMs < LIMITS.hotRegionCoolMs) // intents need not wait for what is not flushed there (mirror/nbd-remote.ts)
 assert(LIMITS.linkConnectionWindowMax < 2 ** 31) // windows are counted modulo 2^32

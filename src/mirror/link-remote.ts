@@ -149,6 +149,13 @@ export class LinkRemote implements Remote {
     await this.#ask(this.#control, MESSAGE.flush, json({}))
   }
 
+  /** Its intents tell it, too. */
+  mayLose(): boolean {
+    return false
+  }
+
+  async settle(): Promise<void> {}
+
   async lanes(count: number): Promise<readonly Socket[]> {
     const { sideWires, capabilities } = this.#session
     if (count === 0 || sideWires === undefined || !capabilities.has(LANES_CAPABILITY)) return []

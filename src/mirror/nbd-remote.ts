@@ -2,9 +2,11 @@ import { randomUUID } from 'node:crypto'
 import type { Socket } from 'node:net'
 import { messageOf, StoreError, UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
+import { Rounds } from '../base/rounds.ts'
 import { formatSize } from '../base/sizes.ts'
 import { NbdClient } from '../nbd/client.ts'
 import { BASE_ALLOCATION, COMMAND_FLAG, TRANSMISSION_FLAG } from '../nbd/constants.ts'
+import { hasOneOf, unitsOf } from './copy-units.ts'
 import { allOf } from './link-remote.ts'
 import {
   type BitmapKind,
@@ -23,7 +25,8 @@ import { signaturesOf } from './signatures.ts'
  *
  * Crash rules:
  *  1. What the server has answered and not flushed may be lost with it. `doubtful` has what `apply` wrote since; who holds the bitmap
- *     counts that as changed when the session ends. What was put has its bits until `commit`, which flushes.
+ *     counts that as changed when the session ends, and keeps its intents until then (`mayLose`). What was put has its bits until `commit`,
+ *     which flushes.
  *  2. After a flush that failed, or a request with FUA, the server may have dropped what it could not write, and the next flush may succeed all the same: the
  *     session ends, and with it everything that counted on a flush to come.
  *  3. A server may go on with requests of a connection that is gone. `closed` waits for those of connections that still answer; a new
@@ -83,8 +86,10 @@ export class NbdRemote implements Remote {
   #applying = 0
   #idleWaiters: (() => void)[] = []
   readonly #edges = new Map<number, Promise<void>>() // by block
-  #dirty: Range[] = [] // applied, answered, and not flushed
-  #flushing: readonly Range[][] = []
+  /** Copy units in which something was applied, answered, and not flushed. */
+  #dirty = new Set<number>()
+  #flushing: ReadonlySet<number> = new Set()
+  readonly #flushes = new Rounds(() => this.#flushOnce())
   #flushTimer: NodeJS.Timeout | undefined
 
   /** @throws UserError UNREACHABLE, NOT_FOUND, REFUSED; ProtocolError */
@@ -130,9 +135,24 @@ export class NbdRemote implements Remote {
     this.#watch = setInterval(() => this.#listen(), this.#silenceMs / 4).unref()
   }
 
-  /** Answered by the server, and perhaps lost with it. */
+  /** Answered by the server, and perhaps lost with it: the copy units around it. */
   doubtful(): readonly Range[] {
-    return [...this.#flushing.flat(), ...this.#dirty]
+    const { unitBytes } = this.#options
+    return [...new Set([...this.#flushing, ...this.#dirty])].map((unit) => {
+      const offset = unit * unitBytes
+      return { offset, length: Math.min(unitBytes, this.#size - offset) }
+    })
+  }
+
+  mayLose(offset: number, length: number): boolean {
+    if (this.#dirty.size === 0 && this.#flushing.size === 0) return false
+    const [first, last] = unitsOf(offset, length, this.#options.unitBytes)
+    for (const units of [this.#dirty, this.#flushing]) if (hasOneOf(units, first, last)) return true
+    return false
+  }
+
+  async settle(): Promise<void> {
+    if (this.#dirty.size > 0 || this.#flushing.size > 0) await this.flush()
   }
 
   async hello(hello: PrimaryHello): Promise<RemoteHello> {
@@ -241,13 +261,17 @@ export class NbdRemote implements Remote {
     this.#applying++
     try {
       const aligned = range.offset % this.#block === 0 && range.length % this.#block === 0
-      if (aligned && durable && this.#hasFua) {
+      // A large request may come in pieces, of which only the last is to be durable, and with it all before: while any is not, only
+      // a flush does that.
+      const alone = this.#dirty.size === 0 && this.#flushing.size === 0
+      if (aligned && durable && this.#hasFua && alone) {
         await this.#change(range, content, release, true)
         return
       }
       if (aligned) await this.#change(range, content, release)
       else await this.#changeUnaligned(range, content, release)
-      this.#dirty.push(range)
+      const [first, last] = unitsOf(range.offset, range.length, this.#options.unitBytes)
+      for (let unit = first; unit <= last; unit++) this.#dirty.add(unit)
       if (durable) await this.flush()
       else this.#flushSoon()
     } finally {
@@ -334,17 +358,21 @@ export class NbdRemote implements Remote {
     )
   }
 
-  async flush(): Promise<void> {
+  /** What was answered before the call is durable there. One flush at a time, which callers share. */
+  flush(): Promise<void> {
+    return this.#flushes.run()
+  }
+
+  async #flushOnce(): Promise<void> {
     clearTimeout(this.#flushTimer)
     this.#flushTimer = undefined
-    const dirty = this.#dirty
-    this.#dirty = []
-    this.#flushing = [...this.#flushing, dirty]
+    this.#flushing = this.#dirty
+    this.#dirty = new Set()
     try {
       await this.#run((client) => client.flush())
-      this.#flushing = this.#flushing.filter((ranges) => ranges !== dirty)
+      this.#flushing = new Set()
     } catch (error) {
-      throw this.#end(new RemoteError('lost', messageOf(error), { cause: error }))
+      throw this.#end(new RemoteError('lost', messageOf(error), { cause: error })) // `doubtful` still has them
     }
   }
 
@@ -357,7 +385,7 @@ export class NbdRemote implements Remote {
     this.#throwIfOver()
   }
 
-  /** Soon enough that the intents of this side still cover what it is about (LIMITS.hotRegionCoolMs). */
+  /** Intents stay for what it is about (`mayLose`), so that not too many of them are needed. */
   #flushSoon(): void {
     if (this.#over !== undefined) return
     this.#flushTimer ??= setTimeout(() => {

@@ -162,6 +162,18 @@ export class Primary implements ChangeWatcher {
     return this.#forwarder.following || this.#blocks ? this.#forwarder.flush() : undefined
   }
 
+  needsIntent(offset: number, length: number): boolean {
+    return this.#notes.needsIntent(offset, length) || this.#remote?.mayLose(offset, length) === true
+  }
+
+  async settle(): Promise<void> {
+    // Where it fails the session ends, and what the secondary may have lost is noted.
+    await this.#remote?.settle().catch((error: unknown) => {
+      if (!(error instanceof RemoteError)) throw error
+    })
+    await this.#notes.settle()
+  }
+
   /** What went in place until now is asked about from now on. */
   async #nowBlocks(before: boolean): Promise<void> {
     if (this.#blocks && !before) await this.#host.volume.quiesce(() => {})
@@ -282,6 +294,7 @@ export class Primary implements ChangeWatcher {
     this.#again(reason)
     this.#remote?.close(reason)
     await this.#run
+    this.#notes.stop()
   }
 
   /** The end of the mirror: changes are noted no longer. */
@@ -293,6 +306,7 @@ export class Primary implements ChangeWatcher {
     this.#again(reason)
     this.#remote?.close(reason)
     await this.#run
+    this.#notes.stop()
   }
 
   #lost(remote: Remote, reason: RemoteError): void {

@@ -80,6 +80,10 @@ export interface Remote {
   /** Operations that were not sent yet are not sent: their payloads are about to be gone. */
   abandon(): void
   flush(): Promise<void>
+  /** Whether the other side has answered an `apply` of the range that it may still lose with nobody there knowing. */
+  mayLose(offset: number, length: number): boolean
+  /** Resolves when that is over for what was answered before. */
+  settle(): Promise<void>
   /**
    * Connections for `count` lanes, which the other side serves from the commit on that says `follow`; empty where there can be none.
    * Whoever does not use them destroys them.

@@ -26,8 +26,10 @@ import { CHANGE, type Change } from '../metadata/journal.ts'
  * The number of marks on the disk has the same bound as the set: a place is free when the `cool` is in the journal, and what
  * is recorded into that place later reaches the disk no earlier.
  *
- * A region where a write is on its way to the other side of a mirror (`isBusy`) does not cool either: after a crash nobody would know that
- * the sides may differ there. Nobody waits for that peer, who may take long, as long as another region can cool.
+ * A region where a write is on its way to the other side of a mirror, or where that side may still lose one, or of which a mirror has noted
+ * something that is not recorded yet (`isBusy`), does not cool either: after a crash nobody would know that the sides may differ there. That is
+ * looked at in the turn in which the `cool` is recorded, so records made before come before it in the journal. Nobody waits for a peer, who may
+ * take long, as long as another region can cool.
  */
 export type RegionState = 'marking' | 'hot' | 'idle' | 'cooling' | 'gone'
 
@@ -58,9 +60,9 @@ export interface RegionOwner {
   open(region: number): void
   clear(region: number): void
   isClear(region: number): boolean
-  /** Whether something that began before a barrier is under way that the barrier did not wait for. */
+  /** Whether the mark is needed for more than requests: for something that a barrier does not wait for. */
   isBusy(region: number): boolean
-  /** Resolves when what is under way in such a way at the call is over. */
+  /** Resolves when what it is needed for at the call is over. @throws StoreError it will not be, for now */
   settled(): Promise<void>
   /** A part that held it is done. */
   unpin(region: Region): void
@@ -334,6 +336,7 @@ export class HotSet {
       for (const region of cooling) if (region.state === 'cooling') region.enter('idle')
       throw error
     }
+    for (const region of cooling) if (region.state === 'cooling' && isBusy(region)) region.enter('idle')
     const cold = cooling.filter(({ state }) => state === 'cooling')
     if (cold.length === 0) return
     for (const region of cold) {

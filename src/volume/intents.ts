@@ -20,9 +20,9 @@ export interface IntentsTarget {
   openUnits(first: number, count: number): void
   clearUnits(first: number, count: number): void
   areClear(first: number, count: number): boolean
-  /** Whether a write is on its way to the other side of a mirror, of those that began before a barrier. */
+  /** Whether a mirror needs the intents still: of a write that began before a barrier and is on its way to the other side, for example. */
   areBusy(first: number, count: number): boolean
-  /** Resolves when those that are on their way at the call are over. */
+  /** Resolves when what they are needed for at the call is over. @throws StoreError it will not be, for now */
   settled(): Promise<void>
 }
 

@@ -587,11 +587,14 @@ export class VolumePolicy implements ExportHandler, IntentsTarget {
   areBusy(first: number, count: number): boolean {
     const { unitBytes, unitCount } = this.#tables
     const end = Math.min(first + count, unitCount)
-    return first < end && this.lanes.busy(first * unitBytes, (end - first) * unitBytes)
+    if (first >= end) return false
+    const offset = first * unitBytes
+    const length = (end - first) * unitBytes
+    return this.lanes.busy(offset, length) || this.#watchers.needsIntent(offset, length)
   }
 
-  settled(): Promise<void> {
-    return this.lanes.settled()
+  async settled(): Promise<void> {
+    await Promise.all([this.lanes.settled(), this.#watchers.settle()])
   }
 
   // ---- works ---------------------------------------------------------------------------------------------

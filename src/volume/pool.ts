@@ -472,6 +472,8 @@ export class Pool {
 
   /** The daemon stops in order, everything is closed: the next opening suspects nothing. */
   async #coolAll(): Promise<void> {
+    // Where that fails they stay hot: then it is their marks that tell of what could not be recorded.
+    for (const volume of this.#volumes.values()) await volume.settleWatchers()
     const maps = [...this.#volumes.values()].flatMap(({ intentMap }) => intentMap ?? [])
     if (maps.every(({ hotCount }) => hotCount === 0)) return
     let undo: (() => void)[] = []

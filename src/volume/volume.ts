@@ -254,6 +254,11 @@ export class Volume {
     this.#policy.watchers.delete(watcher)
   }
 
+  /** Resolves when what the watchers have noted until now is recorded. @throws StoreError */
+  settleWatchers(): Promise<void> {
+    return this.#policy.watchers.settle()
+  }
+
   /** Runs `action` while no request is under way and nothing is written in place: a point in time. Requests wait, reads do not. */
   quiesce<T>(action: () => T | Promise<T>): Promise<T> {
     return this.#change(() => this.#policy.quiesce(action))

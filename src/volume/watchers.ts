@@ -30,6 +30,13 @@ export interface ChangeWatcher {
   failedHere(upcall: Upcall): void
   /** What was forwarded and answered before becomes durable there, too. */
   flush(): Promise<void> | undefined
+  /**
+   * Whether the range's intent is needed although no request is under way: what was noted of it is not recorded yet, or the other side may
+   * lose it.
+   */
+  needsIntent(offset: number, length: number): boolean
+  /** Resolves when that is over for what was noted before. @throws StoreError what was noted cannot be recorded */
+  settle(): Promise<void>
   /** The volume's size is about to change: resolves when nothing of the watcher's is under way. Then comes `sizeChanged`, in any case. */
   sizeChanges(): Promise<void>
   sizeChanged(): void
@@ -86,6 +93,15 @@ export class Watchers {
       if (forwarding !== undefined) all.push(forwarding)
     }
     return all
+  }
+
+  needsIntent(offset: number, length: number): boolean {
+    for (const watcher of this.#watchers) if (watcher.needsIntent(offset, length)) return true
+    return false
+  }
+
+  async settle(): Promise<void> {
+    await Promise.all([...this.#watchers].map((watcher) => watcher.settle()))
   }
 
   failedHere(upcall: Upcall): void {

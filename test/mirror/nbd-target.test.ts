@@ -529,6 +529,47 @@ describe('what is no target', () => {
   })
 })
 
+/** As a memory of its own, whose flushes wait while there is a file `trouble`; each leaves a file `flushing`. */
+const slowToFlush = (target: Target): string[] => [
+  ...nbdkit('eval')(target),
+  `get_size=echo ${SIZE}`,
+  `get_ready=truncate -s ${SIZE} ${target.image}`,
+  `pread=dd if=${target.image} iflag=skip_bytes,count_bytes,fullblock skip=$4 count=$3 bs=64k status=none`,
+  `pwrite=dd of=${target.image} oflag=seek_bytes conv=notrunc seek=$4 bs=64k status=none`,
+  `flush=touch ${target.directory}/flushing; while [ -e ${target.trouble} ]; do sleep 0.02; done`,
+  'can_write=exit 0',
+  'can_flush=exit 0',
+  'can_fua=echo none',
+  'can_zero=exit 3',
+]
+
+describe('intents of a volume that is mirrored to an NBD export', () => {
+  it.each(DATAPATHS)('%s: stay while the server has answered and not flushed', async (datapath) => {
+    side = await Side.create({ datapath, hotRegions: 1 })
+    const one = side
+    await one.pool.createVolume({ name: 'data', size: SIZE, intents: true, regionSize: MIB })
+    const client = await one.connect('data')
+    const target = await Target.start(slowToFlush)
+    await add(one, target, { mode: 'sync' })
+    await settle(one)
+    writeFileSync(target.trouble, '')
+    await client.write(Buffer.alloc(UNIT, 1), 0)
+    rmSync(join(target.directory, 'flushing'), { force: true })
+    const other = client.write(Buffer.alloc(UNIT, 2), 8 * MIB)
+    const map = one.pool.volume('data').intentMap
+    // It needs the only place.
+    await Promise.race([
+      other,
+      until(() => existsSync(join(target.directory, 'flushing')), 'a flush over there'),
+    ])
+    expect(map?.isHot(0)).toBe(true)
+    rmSync(target.trouble)
+    await other
+    expect(map?.isHot(0)).toBe(false)
+    expect(map?.isHot(8)).toBe(true)
+  })
+})
+
 describe('a session with an NBD export', () => {
   const options = (target: Target) => ({ uri: target.uri, size: SIZE, unitBytes: UNIT, fill: 0 })
   const write = (offset: number, byte: number, flags = 0) => ({
@@ -539,13 +580,33 @@ describe('a session with an NBD export', () => {
     payload: (_from: number, into: Buffer) => into.fill(byte),
   })
 
+  it('makes durable what came before, in pieces, with the last of them', async () => {
+    const target = await Target.start(memory())
+    const remote = await NbdRemote.open(options(target))
+    const piece = (offset: number, flags = 0) => ({ ...write(offset, 1, flags), length: UNIT })
+    await remote.apply(piece(0, COMMAND_FLAG.FUA))
+    expect(target.requests('Flush')).toEqual([])
+    await remote.apply(piece(UNIT))
+    await remote.apply(piece(2 * UNIT, COMMAND_FLAG.FUA))
+    expect(target.requests('Flush').length).toBe(1)
+    expect(remote.doubtful()).toEqual([])
+    remote.close('done')
+    await remote.closed
+  })
+
   it('doubts what was answered and not flushed', async () => {
     const target = await Target.start(memory())
     const remote = await NbdRemote.open(options(target))
     await remote.apply(write(4096, 1))
-    expect(remote.doubtful()).toEqual([{ offset: 4096, length: 100 }])
-    await remote.flush()
+    expect(remote.doubtful()).toEqual([{ offset: 0, length: UNIT }])
+    expect(remote.mayLose(UNIT - 512, 512)).toBe(true)
+    expect(remote.mayLose(UNIT, SIZE - UNIT)).toBe(false)
+    await remote.settle()
     expect(remote.doubtful()).toEqual([])
+    expect(remote.mayLose(0, SIZE)).toBe(false)
+    expect(target.requests('Flush').length).toBe(1)
+    await remote.settle()
+    expect(target.requests('Flush').length).toBe(1)
     await remote.apply(write(8192, 1, COMMAND_FLAG.FUA))
     expect(remote.doubtful()).toEqual([])
     await remote.apply(write(UNIT, 1))

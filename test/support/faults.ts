@@ -1,6 +1,6 @@
 import { StoreError } from '../../src/base/errors.ts'
 import type { Datapath } from '../../src/datapath/datapath.ts'
-import { Journal } from '../../src/metadata/journal.ts'
+import { type Change, Journal } from '../../src/metadata/journal.ts'
 import { type Commit, MetadataStore } from '../../src/metadata/store.ts'
 
 /** Holds calls of one method of a real datapath, or makes them fail, so that a test can choose the moment of a race. */
@@ -58,6 +58,19 @@ export function failingCommits(fails: (commit: Commit) => boolean = () => true):
   }
   return () => {
     MetadataStore.prototype.commit = commit
+  }
+}
+
+/** Journal frames for which `fails` returns an error are not written. @returns mends it */
+export function failingAppends(fails: (changes: readonly Change[]) => StoreError | undefined): () => void {
+  const { append } = Journal.prototype
+  Journal.prototype.append = function (this: Journal, changes: readonly Change[]): number {
+    const error = fails(changes)
+    if (error !== undefined) throw error
+    return append.call(this, changes)
+  }
+  return () => {
+    Journal.prototype.append = append
   }
 }
 

@@ -6,6 +6,7 @@ import type { NbdClient } from '../../src/nbd/client.ts'
 import type { HotSetOptions } from '../../src/volume/hot-set.ts'
 import { createPool } from '../../src/volume/pool.ts'
 import type { ChangeWatcher } from '../../src/volume/watchers.ts'
+import { until } from '../support/poll.ts'
 import { ServedPool } from '../support/served-pool.ts'
 import { DATAPATHS } from '../support/volumes.ts'
 
@@ -26,7 +27,14 @@ describe.each(DATAPATHS)('requests that are forwarded, over %s', (datapath) => {
     rmSync(base, { recursive: true, force: true })
   })
 
-  async function start(hotSet: HotSetOptions, forward: ChangeWatcher['forward']): Promise<void> {
+  async function start(
+    hotSet: HotSetOptions,
+    forward: ChangeWatcher['forward'],
+    needs: Pick<ChangeWatcher, 'needsIntent' | 'settle'> = {
+      needsIntent: () => false,
+      settle: async () => {},
+    },
+  ): Promise<void> {
     const directory = join(base, 'pool')
     await createPool(directory, { capacity: 1 << 22, chunkSize: STRIPE })
     served = await ServedPool.open(directory, datapath, { hotSet })
@@ -37,6 +45,7 @@ describe.each(DATAPATHS)('requests that are forwarded, over %s', (datapath) => {
       forwards: true,
       forward,
       failedHere: () => {},
+      ...needs,
       flush: () => undefined,
       sizeChanges: async () => {},
       sizeChanged: () => {},
@@ -84,5 +93,33 @@ describe.each(DATAPATHS)('requests that are forwarded, over %s', (datapath) => {
     await other
     expect(asked).toBe(2)
     expect(intentMap?.isHot(8)).toBe(true)
+  })
+  it('keep regions hot that they need for something else, and are asked to settle when there is no room', async () => {
+    const needed = new Set([0])
+    let settle = (): void => {}
+    let asked = 0
+    await start({ regionsMax: 1, coolMs: 1 }, () => undefined, {
+      needsIntent: (offset, length) => [...needed].some((at) => at < offset + length && at + REGION > offset),
+      settle: () => {
+        if (needed.size === 0) return Promise.resolve()
+        asked++
+        return new Promise((resolve) => {
+          settle = () => {
+            needed.clear()
+            resolve()
+          }
+        })
+      },
+    })
+    const { intentMap } = served.pool.volume('v')
+    await client.write(Buffer.alloc(512, 1), 0)
+    const other = client.write(Buffer.alloc(512, 2), 8 * REGION)
+    await until(() => asked > 0, 'somebody waits for the region to be needed no longer')
+    for (let n = 0; n < 8; n++) await client.flush() // whatever would cool it has had its turn
+    expect(intentMap?.isHot(0)).toBe(true)
+    settle()
+    await other
+    expect(intentMap?.isHot(8)).toBe(true)
+    expect(intentMap?.isHot(0)).toBe(false)
   })
 })
