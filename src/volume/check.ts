@@ -185,7 +185,12 @@ class Check {
     const { tables } = loaded
     await this.#intents(loaded, changes.filter(isIntent), object)
     if (!this.#unitsHaveSlots(tables, object)) return
-    for (const change of changes) if (!isIntent(change) && !isCopy(change)) tables.apply(change)
+    try {
+      for (const change of changes) if (!isIntent(change) && !isCopy(change)) tables.apply(change)
+    } catch (error) {
+      this.#error(object, explain(error))
+      return
+    }
     for (const run of tables.slotRuns()) {
       this.#slotsUsed += run.count
       if (record.provision === 'thick') {

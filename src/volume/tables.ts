@@ -211,7 +211,13 @@ export class VolumeTables {
         if (stop > change.first) this.setSlots(change.first, stop - change.first, change.slot)
         return
       case CHANGE.formatted:
-        for (let unit = change.first; unit < stop; unit++) this.setFormatted(unit)
+        for (let unit = change.first; unit < stop; unit++) {
+          if (!this.#hasSlots(unit)) {
+            const what = `unit ${unit} of medium ${this.medium} is formatted and has no slots`
+            throw new StoreError('DAMAGED', `journal: ${what}; run: fullstripe check POOL`)
+          }
+          this.setFormatted(unit)
+        }
         return
       case CHANGE.released:
         for (let unit = change.first; unit < stop; unit++) this.setReleased(unit)
@@ -222,6 +228,12 @@ export class VolumeTables {
           `journal: unknown record ${change.op} for medium ${this.medium}; use a newer fullstripe`,
         )
     }
+  }
+
+  #hasSlots(unit: number): boolean {
+    const { first, count } = this.unitStripes(unit)
+    for (let stripe = first; stripe < first + count; stripe++) if (this.slotOf(stripe) === 0) return false
+    return true
   }
 
   /** Takes over a stored page. @throws StoreError DAMAGED when it lies outside the volume */

@@ -3,8 +3,16 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { pino } from 'pino'
 import { afterEach, beforeEach, describe, expect, it } from 'vitest'
+import { CHANGE } from '../../src/metadata/journal.ts'
 import { checkPool } from '../../src/volume/check.ts'
-import { createPool, Pool, type PoolEvent, volumeNameProblem } from '../../src/volume/pool.ts'
+import {
+  closeParts,
+  createPool,
+  openPoolParts,
+  Pool,
+  type PoolEvent,
+  volumeNameProblem,
+} from '../../src/volume/pool.ts'
 
 const log = pino({ level: 'silent' })
 const MiB = 2 ** 20
@@ -134,5 +142,23 @@ describe('pool', () => {
     await expect(Pool.open(join(base, 'nothing'), { datapath: 'portable', log })).rejects.toMatchObject({
       code: 'NOT_FOUND',
     })
+  })
+
+  it('refuses a journal that formats what has no slots, by name, and so does the check', async () => {
+    await createPool(directory, { capacity: 64 * MiB })
+    const pool = await open()
+    await pool.createVolume({ name: 'a', size: MiB })
+    await pool.close()
+    const parts = await openPoolParts(directory, 'test')
+    const { lastSequence } = parts.journal.recover(parts.store.checkpoint())
+    await parts.journal.start(lastSequence)
+    const [record] = [...parts.store.volumes()]
+    parts.journal.append([{ op: CHANGE.formatted, medium: record?.medium ?? 0, first: 5, count: 1, slot: 0 }])
+    await parts.journal.sync()
+    await closeParts(parts)
+    await expect(open()).rejects.toMatchObject({ message: expect.stringContaining('unit 5 of medium') })
+    const { status, findings } = await checkPool(directory)
+    expect(status).toBe('damaged')
+    expect(findings.map(({ message }) => message).join()).toContain('unit 5 of medium')
   })
 })
