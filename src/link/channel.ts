@@ -18,7 +18,7 @@
 import { assert } from '../base/assert.ts'
 import { ProtocolError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
-import { LinkError, PeerError } from './errors.ts'
+import { LinkError, PeerError, peerText } from './errors.ts'
 import { FLAG, FRAME_HEADER_SIZE, type Frame, KIND, type Kind } from './frame.ts'
 import { encodeReason, Fields } from './hello.ts'
 import { ReceiveWindow, SendWindow } from './window.ts'
@@ -365,15 +365,12 @@ export class Channel {
     if (request === undefined) {
       throw new LinkError('BAD_FRAME', `channel ${this.name}: a reply to a request that was not made`)
     }
+    // First of all: where it makes no sense the session ends, and the request with it, as long as it is known.
+    const error = (frame.flags & FLAG.failed) === 0 ? undefined : readError(frame.payload)
     this.#requests.delete(frame.id)
     this.#consumed(frame)
-    if ((frame.flags & FLAG.failed) === 0) {
-      request.resolve(frame)
-      return
-    }
-    const fields = new Fields(frame.payload, 'reply')
-    const message = fields.value('message')
-    request.reject(new PeerError(fields.text('code', 1, 64), typeof message === 'string' ? message : ''))
+    if (error === undefined) request.resolve(frame)
+    else request.reject(error)
   }
 
   #deliver(frame: Frame): void {
@@ -450,4 +447,10 @@ export class Channel {
     assert(NEXT[this.#state].includes(next), `channel ${this.name}: ${this.#state} -> ${next}`)
     this.#state = next
   }
+}
+
+/** @throws LinkError BAD_FRAME */
+function readError(payload: Buffer): PeerError {
+  const fields = new Fields(payload, 'reply')
+  return new PeerError(fields.text('code', 1, 64), peerText(fields.value('message')))
 }

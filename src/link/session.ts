@@ -248,26 +248,28 @@ export class Session implements ChannelCarrier {
       throw new LinkError('BAD_FRAME', `a frame of kind ${frame.kind} belongs on the first connection`)
     switch (frame.kind) {
       case KIND.credit:
-        this.#channelOf(frame).credit(frame.id)
+        this.#answeredOf(frame).credit(frame.id)
         break
       case KIND.settle:
-        this.#channelOf(frame).settle(frame.id)
+        this.#answeredOf(frame).settle(frame.id)
         break
       case KIND.close:
-        this.#channelOf(frame).peerClosed(frame.id, frame.payload)
+        this.#answeredOf(frame).peerClosed(frame.id, frame.payload)
         break
       case KIND.open:
         this.#takeOpen(frame)
         break
+      // What they say is read first: where it makes no sense, the end of the session tells whoever waits for the channel.
       case KIND.opened: {
+        const window = new Fields(frame.payload, 'opened').integer('window', WINDOW_MIN, 2 ** 31 - 1)
         const opening = this.#takeAnswer(frame)
-        opening.channel.opened(new Fields(frame.payload, 'opened').integer('window', WINDOW_MIN, 2 ** 31 - 1))
+        opening.channel.opened(window)
         opening.resolve(opening.channel)
         break
       }
       case KIND.rejected: {
-        const { channel, reject } = this.#takeAnswer(frame)
         const { message } = decodeReason(frame.payload)
+        const { channel, reject } = this.#takeAnswer(frame)
         const error = new LinkError(
           'CHANNEL_REFUSED',
           `the peer refuses the channel ${channel.name}: ${message}`,
@@ -290,6 +292,13 @@ export class Session implements ChannelCarrier {
     const channel = this.#channels.get(frame.channel)
     if (channel === undefined) throw new LinkError('BAD_FRAME', `there is no channel ${frame.channel}`)
     return channel
+  }
+
+  /** These come on the same connection as the answer to `open`, so never before it. */
+  #answeredOf(frame: Frame): Channel {
+    if (this.#openings.has(frame.channel))
+      throw new LinkError('BAD_FRAME', `channel ${frame.channel} is not open yet`)
+    return this.#channelOf(frame)
   }
 
   #takeAnswer(frame: Frame): Opening {

@@ -20,9 +20,9 @@ export type SideWires =
 
 export interface ExpectedWire {
   readonly token: string // hexadecimal
-  /** Paused, with nothing unread. @throws LinkError LATE */
+  /** Paused, with nothing unread. @throws LinkError LATE; CLOSED where it was cancelled before it came */
   readonly socket: Promise<Socket>
-  /** Nobody wants it any more: it is destroyed, now or when it comes. */
+  /** Nobody wants it any more: it is destroyed where it has come, and not let in from now on. */
   cancel(): void
 }
 
@@ -50,11 +50,17 @@ export class SideDoor {
       throw new LinkError('OVERFLOW', 'too many further connections are waited for')
     }
     const token = randomBytes(TOKEN_BYTES).toString('hex')
+    let giveUp = (_reason: LinkError): void => {}
     const socket = new Promise<Socket>((resolve, reject) => {
-      const timer = setTimeout(() => {
+      giveUp = (reason) => {
+        clearTimeout(timer)
         this.#expected.delete(token)
-        reject(new LinkError('LATE', 'a further connection of the session did not come in time'))
-      }, this.#ms)
+        reject(reason)
+      }
+      const timer = setTimeout(
+        () => giveUp(new LinkError('LATE', 'a further connection of the session did not come in time')),
+        this.#ms,
+      )
       this.#expected.set(token, {
         resolve: (taken) => {
           clearTimeout(timer)
@@ -63,6 +69,8 @@ export class SideDoor {
       })
     })
     const cancel = (): void => {
+      if (this.#expected.has(token))
+        giveUp(new LinkError('CLOSED', 'nobody waits for this further connection any more'))
       socket.then(
         (taken) => taken.destroy(),
         () => {}, // it did not come

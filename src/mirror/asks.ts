@@ -1,5 +1,5 @@
-import { UserError, type UserErrorCode } from '../base/errors.ts'
-import { LinkError, PeerError } from '../link/errors.ts'
+import { StoreError, UserError, type UserErrorCode } from '../base/errors.ts'
+import { LinkError, PeerError, peerText } from '../link/errors.ts'
 import { Fields } from '../link/hello.ts'
 import type { ChannelOffer, Session } from '../link/session.ts'
 import { CHANNELS, json } from './protocol.ts'
@@ -17,12 +17,12 @@ export type AskKind = (typeof ASKS)[number]
 
 const USER_CODES: readonly UserErrorCode[] = ['USAGE', 'NOT_FOUND', 'EXISTS', 'BUSY', 'REFUSED', 'FAILED']
 
-/** @throws UserError with the peer's words; LinkError */
+/** @throws UserError with the peer's words, or that they make no sense; LinkError the session is over */
 export async function ask(session: Session, kind: AskKind, body: Record<string, unknown>): Promise<Fields> {
   const channel = await session.open(CHANNELS.ask, { kind })
   try {
     const reply = await channel.request(1, json({ kind, ...body }))
-    return new Fields(reply.payload, `answer to ${kind}`)
+    return readAnswer(session, () => new Fields(reply.payload, `answer to ${kind}`))
   } catch (error) {
     if (!(error instanceof PeerError)) throw error
     const code = USER_CODES.find((known) => known === error.code) ?? 'FAILED'
@@ -32,7 +32,18 @@ export async function ask(session: Session, kind: AskKind, body: Record<string, 
   }
 }
 
-/** Answers one question. `answer` @throws UserError: the peer is told */
+/** What `read` finds in an answer. @throws UserError which peer says something that makes no sense */
+export function readAnswer<T>({ peer }: Session, read: () => T): T {
+  try {
+    return read()
+  } catch (error) {
+    if (!(error instanceof LinkError)) throw error
+    const text = `an answer of the peer ${peerText(peer.name)} makes no sense: ${error.message}`
+    throw new UserError('FAILED', text, { cause: error })
+  }
+}
+
+/** Answers one question. `answer` @throws UserError, StoreError: the peer is told */
 export function answerAsk(
   offer: ChannelOffer,
   answer: (kind: AskKind, body: Fields) => Promise<Record<string, unknown>>,
@@ -49,8 +60,9 @@ export function answerAsk(
         throw new UserError('REFUSED', `this daemon does not know the question ${asked}`)
       reply = channel.reply(message, 1, json(await answer(kind, body)))
     } catch (error) {
-      if (!(error instanceof UserError)) throw error
-      reply = channel.replyError(message, error.code, error.message)
+      if (error instanceof UserError) reply = channel.replyError(message, error.code, error.message)
+      else if (error instanceof StoreError) reply = channel.replyError(message, 'FAILED', error.message)
+      else throw error
     }
     await reply.catch((error: unknown) => {
       if (!(error instanceof LinkError)) throw error

@@ -1,11 +1,13 @@
 import type { Socket } from 'node:net'
 import { assert } from '../base/assert.ts'
+import { ProtocolError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
+import { Rounds } from '../base/rounds.ts'
 import type { Channel, Message } from '../link/channel.ts'
-import { LinkError, PeerError } from '../link/errors.ts'
+import { LinkError, PeerError, peerText } from '../link/errors.ts'
 import type { Session } from '../link/session.ts'
 import { NBD_ERRNO } from '../nbd/errno.ts'
-import { allSockets } from './lane-sockets.ts'
+import { allSockets, expectSockets } from './lane-sockets.ts'
 import {
   CHANNELS,
   encodeOperations,
@@ -32,18 +34,23 @@ import {
   type RemoteHello,
   type RemoteOperation,
 } from './remote.ts'
+import { SIGNATURE_BYTES } from './signatures.ts'
 
 /**
  * A secondary behind a link. Operations of one turn travel together; they wait here, not copied, while the channel has no room.
+ *
+ * Whatever the peer answers, the caller gets an answer or a RemoteError. What makes no sense, and a bound of the link that this side ran
+ * into, end both channels: what was asked for before may be undone over there, and nobody would say so.
  */
 interface Waiting {
   readonly head: OperationHead
   readonly operation: RemoteOperation
   readonly from: number // in the operation
+  readonly under: Under
 }
 
 interface Under {
-  pieces: number // that have not ended
+  pieces: number // that have not ended, sent or not
   errno: number
   readonly resolve: () => void
   readonly reject: (error: RemoteError) => void
@@ -60,7 +67,9 @@ export class LinkRemote implements Remote {
   readonly #control: Channel
   readonly #data: Channel
   readonly #waiting: Waiting[] = []
+  /** Of what was sent. */
   readonly #under = new Map<number, Under>()
+  readonly #flushes = new Rounds(async () => void (await this.#ask(this.#control, MESSAGE.flush, json({}))))
   #lastId = 0
   #sending = false
   #over: RemoteError | undefined
@@ -69,8 +78,9 @@ export class LinkRemote implements Remote {
   /** @throws RemoteError */
   static async open(session: Session, relation: string): Promise<LinkRemote> {
     const params = { relation }
+    let control: Channel | undefined
     try {
-      const control = await session.open(CHANNELS.control, params)
+      control = await session.open(CHANNELS.control, params)
       const data = await session.open(CHANNELS.data, params, {
         bulk: true,
         ordered: false,
@@ -78,6 +88,10 @@ export class LinkRemote implements Remote {
       })
       return new LinkRemote(session, control, data)
     } catch (error) {
+      control?.close('there is no channel for its data')
+      // The session goes on without this mirror: somebody has to know.
+      if (error instanceof LinkError && error.code === 'OVERFLOW')
+        throw new RemoteError('refused', error.message, { cause: error })
       throw remoteError(error)
     }
   }
@@ -92,33 +106,42 @@ export class LinkRemote implements Remote {
       throw new LinkError('BAD_FRAME', 'a secondary sends replies only')
     })
     this.ended = Promise.race([control.ended, data.ended]).then((reason) => {
-      this.#over = remoteError(reason)
+      const over = this.#over ?? remoteError(reason)
+      this.#over = over
       control.close(reason.message)
       data.close(reason.message)
-      const all = [...this.#under.values()]
+      const all = [...this.#under.values(), ...this.#waiting.map(({ under }) => under)]
       this.#under.clear()
       this.#waiting.length = 0
-      for (const { reject } of all) reject(this.#over)
-      return this.#over
+      for (const { reject } of all) reject(over)
+      return over
     })
   }
 
   async hello(hello: PrimaryHello): Promise<RemoteHello> {
-    return readRemoteHello((await this.#ask(this.#control, MESSAGE.hello, json(hello))).payload)
+    return this.#read(await this.#ask(this.#control, MESSAGE.hello, json(hello)), readRemoteHello)
   }
 
   async *bitmap(kind: BitmapKind): AsyncGenerator<BitmapPage> {
     for (let from = 0; from !== NO_MORE; ) {
       const reply = await this.#ask(this.#data, MESSAGE.bitmap, json({ kind, from }))
-      const { first, next, bytes } = readPage(reply.payload)
+      const { first, next, bytes } = this.#read(reply, (payload) => {
+        const page = readPage(payload)
+        if (page.next <= from) throw new LinkError('BAD_FRAME', 'a bitmap that does not end')
+        return page
+      })
       if (bytes.length > 0) yield { first, bytes }
-      if (next <= from) throw new RemoteError('lost', 'a bitmap of the peer does not end')
       from = next
     }
   }
 
   async signatures(ranges: readonly { offset: number; length: number }[]): Promise<Buffer> {
-    return (await this.#ask(this.#data, MESSAGE.signatures, encodeRanges(ranges))).payload
+    const reply = await this.#ask(this.#data, MESSAGE.signatures, encodeRanges(ranges))
+    return this.#read(reply, (payload) => {
+      const due = ranges.length * SIGNATURE_BYTES
+      if (payload.length === due) return payload
+      throw new LinkError('BAD_FRAME', `signatures of ${payload.length} bytes, ${due} are due`)
+    })
   }
 
   async put(offset: number, payload: Buffer): Promise<void> {
@@ -145,8 +168,9 @@ export class LinkRemote implements Remote {
     await this.#ask(this.#control, MESSAGE.handOver, json(info))
   }
 
-  async flush(): Promise<void> {
-    await this.#ask(this.#control, MESSAGE.flush, json({}))
+  /** Shared: clients may ask for more of them at once than a channel takes requests. */
+  flush(): Promise<void> {
+    return this.#flushes.run()
   }
 
   /** Its intents tell it, too. */
@@ -160,9 +184,10 @@ export class LinkRemote implements Remote {
     const { sideWires, capabilities } = this.#session
     if (count === 0 || sideWires === undefined || !capabilities.has(LANES_CAPABILITY)) return []
     const ask = async (tokens: readonly string[]): Promise<LanesMessage> =>
-      readLanes((await this.#ask(this.#control, MESSAGE.lanes, json({ count, tokens }))).payload)
+      this.#read(await this.#ask(this.#control, MESSAGE.lanes, json({ count, tokens })), readLanes)
     if (sideWires.side === 'listens') {
-      const expected = Array.from({ length: count }, () => sideWires.expect())
+      const expected = expectSockets(sideWires, count)
+      if (expected.length === 0) return []
       try {
         const reply = await ask(expected.map(({ token }) => token))
         // They have come, or some do not.
@@ -212,10 +237,8 @@ export class LinkRemote implements Remote {
         this.#lastId = (this.#lastId + 1) >>> 0
         const piece = Math.min(size, length - from)
         const head = { id: this.#lastId, kind, flags, offset: offset + from, length: piece }
-        assert(!this.#under.has(head.id), 'numbers of operations')
-        this.#under.set(head.id, under)
         under.pieces++
-        this.#waiting.push({ head, operation, from })
+        this.#waiting.push({ head, operation, from, under })
       }
       if (this.#sending) return
       this.#sending = true
@@ -224,11 +247,8 @@ export class LinkRemote implements Remote {
   }
 
   abandon(): void {
-    for (const { head } of this.#waiting.splice(0)) {
-      const under = this.#under.get(head.id)
-      this.#under.delete(head.id)
-      under?.reject(new RemoteError('lost', 'it was not sent any more'))
-    }
+    for (const { under } of this.#waiting.splice(0))
+      under.reject(new RemoteError('lost', 'it was not sent any more'))
   }
 
   /** As many as there are and fit, in one message after the other. */
@@ -246,7 +266,9 @@ export class LinkRemote implements Remote {
         this.#waiting.splice(0, batch.length)
         const payload = Buffer.allocUnsafe(bytes)
         let at = 0
-        for (const { head, operation, from } of batch) {
+        for (const { head, operation, from, under } of batch) {
+          assert(!this.#under.has(head.id), 'numbers of operations')
+          this.#under.set(head.id, under)
           if (head.kind !== 'write') continue
           operation.payload(from, payload.subarray(at, at + head.length))
           at += head.length
@@ -255,7 +277,8 @@ export class LinkRemote implements Remote {
         await this.#control.send(MESSAGE.operations, [heads, payload])
       }
     } catch (error) {
-      if (!(error instanceof LinkError)) throw error // `ended` has it, too
+      if (!(error instanceof LinkError)) throw error
+      this.#fail(error.message, error) // `ended` has it, too, unless it was too much for the channel
     } finally {
       this.#sending = false
     }
@@ -266,7 +289,7 @@ export class LinkRemote implements Remote {
       throw new LinkError('BAD_FRAME', `a secondary does not send messages of type ${type}`)
     for (const { id, errno } of readEnds(payload)) {
       const under = this.#under.get(id)
-      if (under === undefined) throw new LinkError('BAD_FRAME', `operation ${id} ends, and was not begun`)
+      if (under === undefined) throw new LinkError('BAD_FRAME', `operation ${id} ends, and was not sent`)
       this.#under.delete(id)
       under.pieces--
       if (errno !== 0) under.errno = errno
@@ -282,8 +305,27 @@ export class LinkRemote implements Remote {
     try {
       return await channel.request(type, payload)
     } catch (error) {
+      if (error instanceof LinkError && error.code === 'OVERFLOW') throw this.#fail(error.message, error)
       throw remoteError(error)
     }
+  }
+
+  /** @throws RemoteError lost where the answer makes no sense; it is the end of this remote then */
+  #read<T>({ payload }: Message, read: (payload: Buffer) => T): T {
+    try {
+      return read(payload)
+    } catch (error) {
+      if (!(error instanceof LinkError || error instanceof ProtocolError)) throw error
+      const name = peerText(this.#session.peer.name)
+      throw this.#fail(`an answer of the peer ${name} makes no sense: ${error.message}`, error)
+    }
+  }
+
+  /** Ends both channels, and this remote with them. @returns why it is over, which it may have been before */
+  #fail(reason: string, cause: LinkError | ProtocolError): RemoteError {
+    this.#over ??= new RemoteError('lost', reason, { cause })
+    this.close(reason)
+    return this.#over
   }
 }
 

@@ -11,7 +11,7 @@ import type { ChannelOffer, Session } from '../link/session.ts'
 import type { MirrorRecord } from '../metadata/records.ts'
 import type { Pool } from '../volume/pool.ts'
 import type { Volume } from '../volume/volume.ts'
-import { type AskKind, answerAsk, ask } from './asks.ts'
+import { type AskKind, answerAsk, ask, readAnswer } from './asks.ts'
 import { Links, type LinkWorld } from './links.ts'
 import { NbdTargets, parseNbdTarget } from './nbd-targets.ts'
 import { Peers } from './peers.ts'
@@ -172,7 +172,7 @@ export class Mirrors implements MirrorControl {
           relation,
           name,
           peer: { name: session.peer.name, fingerprint: session.peer.fingerprint, volume: target },
-          unitBytes: answer.integer('unitBytes', volume.unitBytes, LIMITS.formatUnitBytesMax),
+          unitBytes: readAnswer(session, () => readUnitBytes(answer, volume)),
           ...settings,
         })
         await added.connect(session)
@@ -636,6 +636,13 @@ function uniqueName(peer: string): string {
 
 function needOf(relation: string): string {
   return `${NEED}${relation}`
+}
+
+/** The mirror's unit, of the answer to `create`. @throws LinkError */
+function readUnitBytes(answer: Fields, { unitBytes }: Volume): number {
+  const agreed = answer.integer('unitBytes', unitBytes, LIMITS.formatUnitBytesMax)
+  if (agreed % unitBytes === 0) return agreed
+  throw new LinkError('BAD_FRAME', `${answer.what}: unitBytes is no multiple of ${unitBytes}`)
 }
 
 function checkTimes({ intervalMs, rate }: MirrorChange, what: string): void {

@@ -14,7 +14,7 @@ import { NBD_ERRNO } from '../nbd/errno.ts'
 import type { MirrorBook, StoredMirror } from '../volume/mirror-book.ts'
 import type { Stage } from '../volume/stage.ts'
 import type { Volume } from '../volume/volume.ts'
-import { allSockets } from './lane-sockets.ts'
+import { allSockets, expectSockets } from './lane-sockets.ts'
 import {
   encodeEnds,
   encodePage,
@@ -413,7 +413,8 @@ export class Secondary {
     if (this.#host.volume.lanes.width === 0 || sideWires === undefined || count === 0) return none
     const control = this.#control
     if (sideWires.side === 'listens') {
-      const expected = Array.from({ length: count }, () => sideWires.expect())
+      const expected = expectSockets(sideWires, count)
+      if (expected.length === 0) return none
       this.#lanes = allSockets(expected.map(({ socket }) => socket))
       this.#lanes.catch(() => {}) // told by who waits for it
       return { count, tokens: expected.map(({ token }) => token) }

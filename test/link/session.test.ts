@@ -3,8 +3,9 @@ import { ProtocolError } from '../../src/base/errors.ts'
 import { LIMITS } from '../../src/base/limits.ts'
 import type { Channel, Message } from '../../src/link/channel.ts'
 import { LinkError, PeerError } from '../../src/link/errors.ts'
+import { FLAG, KIND, type Kind } from '../../src/link/frame.ts'
 import type { ChannelOffer } from '../../src/link/session.ts'
-import { isPending, until } from '../support/poll.ts'
+import { isPending, until, within } from '../support/poll.ts'
 import { Random } from '../support/random.ts'
 import { openPair, type Pair, type PairOptions } from './pair.ts'
 
@@ -49,6 +50,7 @@ describe('a channel', () => {
       params = offer.params
       channel.onMessage((message) => {
         if (message.type === 9) void channel.replyError(message, 'NO_SPACE', 'full')
+        else if (message.type === 8) void channel.replyError(message, 'ODD', 'no\u001b[2J\nway')
         else void channel.reply(message, message.type + 1, [message.payload, Buffer.from('!')])
       })
     })
@@ -60,6 +62,8 @@ describe('a channel', () => {
     expect(texts(replies)).toEqual(['a!', 'b!', 'c!'])
     expect(replies.map(({ type }) => type)).toEqual([1, 2, 3])
     await expect(channel.request(9, Buffer.alloc(0))).rejects.toThrow(new PeerError('NO_SPACE', 'full'))
+    // Its words stand in logs and on terminals.
+    await expect(channel.request(8, Buffer.alloc(0))).rejects.toThrow(new PeerError('ODD', 'no [2J way'))
     await pair[Symbol.asyncDispose]()
   })
 
@@ -367,6 +371,45 @@ describe('the end of a session', () => {
     await channel.send(1, Buffer.alloc(1))
     expect((await pair.serverSession.ended).code).toBe('BAD_FRAME')
     expect((await pair.clientSession.ended).message).toContain('type 1 is unknown')
+    await pair[Symbol.asyncDispose]()
+  })
+
+  it.each([
+    ['no code', '{"code":"","message":"no"}'],
+    ['no object', '[]'],
+    ['no JSON', 'no'],
+  ])(
+    'comes when an error that is the reply to a request makes no sense (%s), and the request fails',
+    async (_, text) => {
+      const pair = await talking({}, (channel) =>
+        channel.onMessage(({ id }) => {
+          pair.serverSession.transmit(channel, FLAG.reply | FLAG.failed, 0, id, [Buffer.from(text)])
+        }),
+      )
+      const channel = await pair.clientSession.open('c')
+      const requests = [1, 2].map((type) => channel.request(type, Buffer.alloc(1)))
+      const outcomes = await within(Promise.allSettled(requests), 'the requests')
+      expect(outcomes).toMatchObject([{ reason: { code: 'BAD_FRAME' } }, { reason: { code: 'BAD_FRAME' } }])
+      expect((await pair.clientSession.ended).code).toBe('BAD_FRAME')
+      await pair[Symbol.asyncDispose]()
+    },
+  )
+
+  it.each<[string, Kind, string]>([
+    ['opened, with no window', KIND.opened, '{}'],
+    ['opened, with a window for nothing', KIND.opened, '{"window":1}'],
+    ['refused, without a reason', KIND.rejected, '{}'],
+    ['closed before it is open', KIND.close, '{"code":"CLOSED","message":"early"}'],
+  ])('comes when a channel that was asked for is %s, and whoever asked is told', async (_, kind, text) => {
+    const pair = await openPair()
+    pair.serverSession.onChannel(() => {
+      pair.serverSession.control(kind, 1, 0, [Buffer.from(text)])
+      pair.serverSession.control(KIND.opened, 1, 0, [Buffer.from(`{"window":${LIMITS.linkChannelWindow}}`)])
+    })
+    await expect(within(pair.clientSession.open('c'), 'an answer')).rejects.toMatchObject({
+      code: 'BAD_FRAME',
+    })
+    expect((await pair.clientSession.ended).code).toBe('BAD_FRAME')
     await pair[Symbol.asyncDispose]()
   })
 

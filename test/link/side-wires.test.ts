@@ -1,5 +1,6 @@
 import { createServer, type Server, type Socket, connect as tcpConnect } from 'node:net'
 import { afterEach, beforeEach, describe, expect, it } from 'vitest'
+import { LIMITS } from '../../src/base/limits.ts'
 import { SideDoor, sayToken } from '../../src/link/side-wires.ts'
 import { until } from '../support/poll.ts'
 
@@ -84,6 +85,19 @@ describe('side wires', () => {
     const expected = door.expect()
     await expect(expected.socket).rejects.toMatchObject({ code: 'LATE' })
     await expect(sayToken(dial(), expected.token)).rejects.toMatchObject({ code: 'HUNG_UP' })
+  })
+
+  it('that are given up are let in no longer, and others take their places', async () => {
+    const given = Array.from({ length: LIMITS.linkHandshakesMax }, () => door.expect())
+    expect(() => door.expect()).toThrow(/too many/)
+    for (const { cancel } of given) cancel()
+    await expect(given[0]?.socket).rejects.toMatchObject({ code: 'CLOSED' })
+    const expected = door.expect()
+    await expect(sayToken(dial(), given[0]?.token ?? '')).rejects.toMatchObject({ code: 'HUNG_UP' })
+    await sayToken(dial(), expected.token)
+    const far = await expected.socket
+    expected.cancel()
+    await until(() => far.destroyed, 'it is gone')
   })
 
   it('leaves others as they are, with every byte unread, however they come', async () => {
