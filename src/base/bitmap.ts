@@ -104,6 +104,63 @@ export class Bitmap {
   }
 }
 
+/** Several bitmaps of one length, read as one that has the bits of all. */
+export class BitmapUnion {
+  readonly #parts: readonly Uint32Array[]
+  readonly length: number
+
+  constructor(length: number, parts: readonly Bitmap[]) {
+    assert(
+      parts.every((part) => part.length === length),
+      'bitmaps of one length',
+    )
+    this.length = length
+    this.#parts = parts.map(({ words }) => words)
+  }
+
+  /** The first 1 at or after `start`; the length where there is none. */
+  nextSet(start: number): number {
+    return this.#scan(start, 0)
+  }
+
+  /** The first 0 at or after `start`; the length where there is none. */
+  nextClear(start: number): number {
+    return this.#scan(start, 0xffffffff)
+  }
+
+  /** How many bits are 1 in [start, end). */
+  count(start: number, end: number): number {
+    assert(start >= 0 && start <= end && end <= this.length, 'bitmap range')
+    if (start === end) return 0
+    let total = 0
+    const last = (end - 1) >>> 5
+    for (let word = start >>> 5; word <= last; word++) {
+      const value = this.#word(word)
+      if (value !== 0) total += popcount((value & wordMask(word, start, end)) >>> 0)
+    }
+    return total
+  }
+
+  #word(word: number): number {
+    let value = 0
+    for (const words of this.#parts) value |= words[word] ?? 0
+    return value >>> 0
+  }
+
+  #scan(start: number, skip: number): number {
+    if (start >= this.length) return this.length
+    const last = (this.length - 1) >>> 5
+    let word = start >>> 5
+    let value = ((this.#word(word) ^ skip) & (0xffffffff << (start & 31))) >>> 0
+    while (value === 0) {
+      if (word === last) return this.length
+      word++
+      value = (this.#word(word) ^ skip) >>> 0
+    }
+    return Math.min(this.length, word * 32 + (31 - Math.clz32(value & -value)))
+  }
+}
+
 /** The bits of word `word` that lie in [start, end), which reaches into it. */
 function wordMask(word: number, start: number, end: number): number {
   const low = word === start >>> 5 ? 0xffffffff << (start & 31) : 0xffffffff

@@ -1,5 +1,5 @@
 import { assert, unreachable } from '../base/assert.ts'
-import { Bitmap } from '../base/bitmap.ts'
+import { Bitmap, BitmapUnion } from '../base/bitmap.ts'
 
 /**
  * What the secondary of one mirror lacks, in copy units. In memory; the disk has their union (CopyMap), or more.
@@ -189,26 +189,35 @@ export class CopyBits {
   /** Their union. */
   union(): Bitmap {
     const all = new Bitmap(this.#unitCount)
-    for (const kind of ['current', 'sending', 'captured', 'staged'] as const) {
-      for (const unit of this.#each(kind)) all.set(unit)
+    const some = this.#all()
+    for (let first = some.nextSet(0); first < this.#unitCount; ) {
+      const end = some.nextClear(first)
+      all.setRange(first, end)
+      first = some.nextSet(end)
     }
     return all
   }
 
   /** The first unit from `unit` on that is (or is not) lacking; unitCount where there is none. */
   nextLacking(unit: number): number {
-    if (unit >= this.#unitCount) return this.#unitCount
-    return Math.min(
-      this.#current.nextSet(unit),
-      this.#sending.nextSet(unit),
-      this.#captured.nextSet(unit),
-      this.#staged.nextSet(unit),
-    )
+    return this.#all().nextSet(unit)
   }
   nextPresent(unit: number): number {
-    let at = unit
-    while (at < this.#unitCount && this.lacks(at)) at++
-    return at
+    return this.#all().nextClear(unit)
+  }
+  /** How many of [from, to) are lacking. */
+  lackingIn(from: number, to: number): number {
+    return this.#all().count(from, to)
+  }
+
+  #all(): BitmapUnion {
+    const { current, sending, captured, staged } = this.#counts
+    const parts: Bitmap[] = []
+    if (current > 0) parts.push(this.#current)
+    if (sending > 0) parts.push(this.#sending)
+    if (captured > 0) parts.push(this.#captured)
+    if (staged > 0) parts.push(this.#staged)
+    return new BitmapUnion(this.#unitCount, parts)
   }
 
   /** The units of a kind, in order; whoever goes through them may take away the one it has. Of a large volume mostly few: no looking for more. */

@@ -397,8 +397,7 @@ export class Relation {
     for (let cell = 0; cell < shares.length; cell++) {
       const from = Math.floor((cell * units) / shares.length)
       const to = Math.max(from + 1, Math.floor(((cell + 1) * units) / shares.length))
-      let lacking = 0
-      for (let unit = this.#nextLacking(from); unit < to; unit = this.#nextLacking(unit + 1)) lacking++
+      const lacking = this.#primary?.bits.lackingIn(from, to) ?? this.stored.map.bits.count(from, to)
       shares[cell] = lacking / (to - from)
     }
     return shares
