@@ -8,6 +8,15 @@ import { type Clock, systemClock } from '../base/clock.ts'
 
 const BURST_SECONDS = 0.1
 
+/** A turn. */
+export interface Taking {
+  readonly granted: Promise<void>
+  /** Costs nothing where it was not granted yet; `granted` resolves then, too. */
+  giveUp(): void
+}
+
+const GRANTED: Taking = { granted: Promise.resolve(), giveUp: () => {} }
+
 export class RateLimit {
   readonly #clock: Clock
   #rate: number | undefined // bytes a second; undefined: no limit
@@ -38,18 +47,30 @@ export class RateLimit {
     this.#serve()
   }
 
-  /** Resolves when that many bytes may be sent. */
-  take(bytes: number): Promise<void> {
-    if (this.#rate === undefined) return Promise.resolve()
+  /** @returns `granted` resolves when that many bytes may be sent; who does not want to send them any more gives up its turn */
+  take(bytes: number): Taking {
+    if (this.#rate === undefined) return GRANTED
     this.#fill()
     if (this.#waiting.length === 0 && this.#level > 0) {
       this.#level -= bytes
-      return Promise.resolve()
+      return GRANTED
     }
-    return new Promise((go) => {
-      this.#waiting.push({ bytes, go })
-      this.#plan()
+    let go = (): void => {}
+    const granted = new Promise<void>((resolve) => {
+      go = resolve
     })
+    const turn = { bytes, go }
+    this.#waiting.push(turn)
+    this.#plan()
+    return {
+      granted,
+      giveUp: () => {
+        const index = this.#waiting.indexOf(turn)
+        if (index < 0) return
+        this.#waiting.splice(index, 1)
+        go()
+      },
+    }
   }
 
   #fill(): void {

@@ -1,7 +1,7 @@
 import { Bitmap } from '../base/bitmap.ts'
 import { LIMITS } from '../base/limits.ts'
 import type { Remote } from './remote.ts'
-import { type Range, sameSignature, signaturesOf } from './signatures.ts'
+import { type Range, regionsAtOnce, sameSignature, signaturesOf } from './signatures.ts'
 import type { MirrorInit } from './types.ts'
 
 /**
@@ -26,9 +26,6 @@ export interface Comparison {
   /** @throws to end it */
   check(): void
 }
-
-/** Regions of one question to the other side. */
-const BATCH = 32
 
 export async function compareSides(comparison: Comparison): Promise<Bitmap> {
   const { remote, init, unitBytes, size, blank } = comparison
@@ -66,9 +63,10 @@ export async function compareSides(comparison: Comparison): Promise<Bitmap> {
     if (++looked % 1024 === 0) await breathe()
   }
   comparison.onProgress(0, regions.length * perRegion * unitBytes)
-  for (let at = 0; at < regions.length; at += BATCH) {
+  const atOnce = regionsAtOnce(perRegion * unitBytes)
+  for (let at = 0; at < regions.length; at += atOnce) {
     comparison.check()
-    const batch = regions.slice(at, at + BATCH)
+    const batch = regions.slice(at, at + atOnce)
     const ranges = batch.map((unit): Range => {
       const offset = unit * unitBytes
       return { offset, length: Math.min(perRegion * unitBytes, size - offset) }

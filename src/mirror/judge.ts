@@ -8,6 +8,8 @@ import type { MirrorInit } from './types.ts'
  *
  *   the other is primary, too                    splitbrain
  *   it was never consistent                      go on with the bitmap where that is of this very copy, else compare
+ *   it is some commits behind                    compare: it was set back, to a backup for instance
+ *   it is more than one commit ahead             this side was set back: compare, or, where it has later content of our generation, splitbrain
  *   its generation is our base, or ours          resume: the bitmap, and what it says of itself, is all that differs
  *   its generation is an older one of ours       compare: it missed a change of roles
  *   anything else                                splitbrain: it has content that this side knows nothing of
@@ -30,8 +32,20 @@ export function judge(record: MirrorRecord, own: GenerationRecord, hello: Remote
     const reason = `the peer is at cycle ${hello.cycle} and was at ${cycle}: it was set back, so both sides are compared`
     return { kind: 'compare', init: safe(record.init), reason }
   }
-  if (!hello.consistent) return { kind: 'resume' }
   const theirs = hello.generation?.current
+  // A commit of which the answer was lost makes one.
+  if (hello.cycle > cycle + 1) {
+    const reason = `the peer is at cycle ${hello.cycle}, and this side only knows of ${cycle}: this side was set back`
+    // In one generation what it has is what was written here, and is not here any more.
+    if (hello.consistent && theirs === own.current) {
+      return {
+        kind: 'splitbrain',
+        reason: `${reason}, and the peer has what came later: settle it with \`mirror resolve --discard local|remote\``,
+      }
+    }
+    return { kind: 'compare', init: safe(record.init), reason: `${reason}, so both sides are compared` }
+  }
+  if (!hello.consistent) return { kind: 'resume' }
   // Ours where the commit that brought it was not noted here any more: what it had cleared is sent once more.
   if (theirs === base || theirs === own.current) return { kind: 'resume' }
   if (theirs !== undefined && own.history.includes(theirs)) {

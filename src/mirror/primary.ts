@@ -59,6 +59,8 @@ class Interrupted extends Error {
 const PASSES_MAX = 6
 /** A pass that leaves less than this is the last. */
 const LITTLE_UNITS_BYTES = 16 << 20
+/** For what is sent while clients wait. */
+const NO_LIMIT = new RateLimit()
 
 export class Primary implements ChangeWatcher {
   readonly #host: PrimaryHost
@@ -465,9 +467,10 @@ export class Primary implements ChangeWatcher {
     this.#throwIfInterrupted()
     // With the bits, the base that they count from: what the secondary has.
     const base = hello.generation?.current ?? this.#generation().current
+    const cycle = Math.max(this.record.cycle, hello.cycle) // settled, where it was ahead
     await book.save(
       this.record.id,
-      { clean: true, base, initialized: hello.consistent },
+      { clean: true, base, cycle, initialized: hello.consistent },
       { bits: this.bits.union() },
     )
     this.#throwIfInterrupted()
@@ -634,7 +637,7 @@ export class Primary implements ChangeWatcher {
     return signatures
   }
 
-  #newSender(remote: Remote, strict: boolean): Sender {
+  #newSender(remote: Remote, strict: boolean, limit = this.#limit): Sender {
     const { volume } = this.#host
     this.#sender = new Sender(
       {
@@ -644,7 +647,7 @@ export class Primary implements ChangeWatcher {
         isHole: (offset, length) => volume.isHole(offset, length),
         read: (offset, target) => volume.read(offset, target),
         remote,
-        limit: this.#limit,
+        limit,
         saves: this.#saves,
         sent: (bytes, units, holes) => {
           this.counters.sentBytes += bytes

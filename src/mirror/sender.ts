@@ -1,7 +1,7 @@
 import { assert } from '../base/assert.ts'
 import { StoreError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
-import type { RateLimit } from '../link/rate-limit.ts'
+import type { RateLimit, Taking } from '../link/rate-limit.ts'
 import type { CopyBits } from './copy-bits.ts'
 import { type Remote, RemoteError } from './remote.ts'
 import type { Saved, Saves } from './saves.ts'
@@ -53,10 +53,7 @@ export class Sender {
   #messages = 0
   #failure: Error | undefined
   #wake: (() => void) | undefined
-  #resolveStopped = (): void => {}
-  readonly #stopped = new Promise<void>((resolve) => {
-    this.#resolveStopped = resolve
-  })
+  readonly #turns = new Set<Taking>() // that are waited for
 
   constructor(host: SenderHost, strict: boolean) {
     this.#host = host
@@ -142,7 +139,8 @@ export class Sender {
   /** Ends it: `run` throws. Who waits in `hold` goes on. */
   stop(reason: Error): void {
     this.#failure ??= reason
-    this.#resolveStopped()
+    // What is not sent must not use up the rate of what comes after it.
+    for (const turn of this.#turns) turn.giveUp()
     this.#wake?.()
   }
 
@@ -201,7 +199,10 @@ export class Sender {
   }
 
   async #put(offset: number, content: Buffer): Promise<void> {
-    await Promise.race([this.#host.limit.take(content.length), this.#stopped])
+    const turn = this.#host.limit.take(content.length)
+    this.#turns.add(turn)
+    await turn.granted
+    this.#turns.delete(turn)
     this.#throwIfFailed()
     await this.#host.remote.put(offset, content)
   }

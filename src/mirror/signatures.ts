@@ -37,6 +37,14 @@ export async function signaturesOf(
   return signatures
 }
 
+/** Bytes of one question: the other side reads them all before it answers. */
+const ASKED_BYTES = 32 << 20
+
+/** How many regions to ask about at a time. */
+export function regionsAtOnce(regionBytes: number, bytes = ASKED_BYTES): number {
+  return Math.max(1, Math.floor(bytes / regionBytes))
+}
+
 /** Whether entry `index` of two lists is the same. */
 export function sameSignature(a: Buffer, b: Buffer, index: number): boolean {
   const at = index * SIGNATURE_BYTES

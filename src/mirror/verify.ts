@@ -1,7 +1,7 @@
 import { messageOf } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
 import type { BitmapPage } from './remote.ts'
-import { type Range, sameSignature, signaturesOf } from './signatures.ts'
+import { type Range, regionsAtOnce, sameSignature, signaturesOf } from './signatures.ts'
 import type { VerifyDifference, VerifyResult } from './types.ts'
 
 /**
@@ -26,10 +26,9 @@ export interface VerifyHost {
   compared(regions: number): void
 }
 
-const BATCH = 32
 const PASSES = 3
-/** Regions whose signatures are computed while requests wait. */
-const POINT_REGIONS = 16
+/** Bytes whose signatures are computed while requests wait. */
+const POINT_BYTES = 16 << 20
 
 export class Verification {
   readonly #host: VerifyHost
@@ -78,10 +77,12 @@ export class Verification {
     const total = open.length * regionBytes
     const show = (left: number): void => this.#host.progress(Math.max(0, total - left * regionBytes), total)
     show(open.length)
+    const atOnce = regionsAtOnce(regionBytes)
+    const atPoint = regionsAtOnce(regionBytes, POINT_BYTES)
     for (let pass = 0; pass < PASSES && open.length > 0; pass++) {
       const unsettled: number[] = []
-      for (let at = 0; at < open.length; at += BATCH) {
-        const batch = open.slice(at, at + BATCH)
+      for (let at = 0; at < open.length; at += atOnce) {
+        const batch = open.slice(at, at + atOnce)
         const ranges = batch.map((offset) => this.#range(offset, regionBytes))
         const [ours, theirs] = await Promise.all([
           signaturesOf(ranges, (offset, target) => this.#host.read(offset, target)),
@@ -97,8 +98,8 @@ export class Verification {
       open = unsettled
       if (open.length > before / 2) break // it does not get better
     }
-    for (let at = 0; at < open.length; at += POINT_REGIONS) {
-      const batch = open.slice(at, at + POINT_REGIONS)
+    for (let at = 0; at < open.length; at += atPoint) {
+      const batch = open.slice(at, at + atPoint)
       const ranges = batch.flatMap((offset) => this.#units(this.#range(offset, regionBytes)))
       const { ours, theirs } = await this.#host.atPoint(ranges)
       const differing = ranges.filter((_, index) => !sameSignature(ours, theirs, index))

@@ -77,7 +77,7 @@ describe('a rate limit', () => {
     let stop = false
     const taking = (async () => {
       while (!stop) {
-        await limit.take(piece)
+        await limit.take(piece).granted
         bytes += piece
       }
     })()
@@ -103,19 +103,35 @@ describe('a rate limit', () => {
     const clock = new FakeClock()
     const limit = new RateLimit(1000, clock)
     clock.advance(1000)
-    await limit.take(1_000_000)
-    const waiting = limit.take(1)
+    await limit.take(1_000_000).granted
+    const waiting = limit.take(1).granted
     clock.advance(500)
     expect(await isPending(waiting)).toBe(true)
     // At the old rate the debt would last for a quarter of an hour.
     limit.set(1_000_000)
     clock.advance(150)
     await waiting
-    const next = limit.take(10_000_000)
+    const next = limit.take(10_000_000).granted
     limit.set(undefined)
     await next
-    await limit.take(1e12)
+    await limit.take(1e12).granted
     expect(limit.rate).toBeUndefined()
+    expect(clock.timers).toBe(0)
+  })
+
+  it('is not used up by those who give up', async () => {
+    const clock = new FakeClock()
+    const limit = new RateLimit(1000, clock)
+    clock.advance(1000)
+    await limit.take(1000).granted // and owes 900
+    const given = [1, 2, 3].map(() => limit.take(1_000_000))
+    const last = limit.take(10)
+    for (const turn of given) turn.giveUp()
+    await Promise.all(given.map(({ granted }) => granted))
+    expect(await isPending(last.granted)).toBe(true)
+    clock.advance(1000)
+    await last.granted
+    last.giveUp() // too late: it counts
     expect(clock.timers).toBe(0)
   })
 
@@ -123,7 +139,7 @@ describe('a rate limit', () => {
     const clock = new FakeClock()
     const limit = new RateLimit(100, clock)
     const order: number[] = []
-    const all = Promise.all([1, 2, 3, 4].map((index) => limit.take(50).then(() => order.push(index))))
+    const all = Promise.all([1, 2, 3, 4].map((index) => limit.take(50).granted.then(() => order.push(index))))
     for (let step = 0; step < 100; step++) {
       clock.advance(50)
       await null

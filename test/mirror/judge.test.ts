@@ -42,6 +42,9 @@ const at = (current: string) => ({ generation: { current, history: [] } })
 const CASES: [string, Partial<MirrorRecord>, Partial<RemoteHello>, Verdict['kind']][] = [
   ['has what the bitmap counts from', {}, {}, 'resume'],
   ['is a cycle ahead of what was noted here', {}, { cycle: 8 }, 'resume'],
+  ['is further ahead: this side was set back after a change of roles', {}, { cycle: 9 }, 'compare'],
+  ['is further ahead in our own generation', {}, { cycle: 9, ...at('G3') }, 'splitbrain'],
+  ['is further ahead, and was never consistent', {}, { cycle: 9, consistent: false, ...at('G3') }, 'compare'],
   ['has our generation, and that was not noted here any more', {}, at('G3'), 'resume'],
   ['was never consistent', {}, { consistent: false, generation: null }, 'resume'],
   ['was never compared', { clean: false }, {}, 'compare'],

@@ -82,6 +82,45 @@ describe.each(DATAPATHS)('a mirror, %s', (datapath) => {
   })
 })
 
+describe('a mirror', () => {
+  it('compares volumes of large copy units', async () => {
+    pair = await Pair.open({ datapath: 'native' })
+    const { one, two } = pair
+    const unit = 16 * MIB
+    const size = 17 * unit // more than one question may ask about
+    for (const side of [one, two]) {
+      await side.pool.createVolume({ name: 'data', size, formatUnit: unit / 65536 })
+      const client = await side.connect('data')
+      for (let at = 0; at < size; at += unit) await client.write(Buffer.alloc(4096, 1), at)
+      await client.close()
+    }
+    await (await one.connect('data')).write(Buffer.alloc(4096, 2), 5 * unit)
+    await one.mirrors.add({ volume: 'data', peer: pair.address })
+    await one.reach('data', 'cycling')
+    expect((await settled(one)).counters.units).toBe(1)
+    await one.mirrors.verify('data')
+    await until(() => one.show('data').verify?.ended !== null, 'the end of the comparison')
+    expect(one.show('data').verify).toMatchObject({ failure: null, differing: 0, compared: size })
+  })
+
+  it('has all of its rate after each interruption', async () => {
+    pair = await Pair.open({ datapath: 'portable' })
+    const { one } = pair
+    await one.pool.createVolume({ name: 'data', size: 64 * MIB })
+    const client = await one.connect('data')
+    const random = new Random(4)
+    for (let at = 0; at < 64 * MIB; at += MIB) await client.write(random.bytes(MIB), at)
+    await one.mirrors.add({ volume: 'data', peer: pair.address, rate: 8 * MIB })
+    // What waits for its turn when it is interrupted is two seconds' worth: it must not be paid for.
+    for (let round = 0; round < 20; round++) {
+      const before = one.show('data').counters.sentBytes
+      await until(() => one.show('data').counters.sentBytes > before, 'something is sent')
+      await one.mirrors.pause('data')
+      await one.mirrors.resume('data')
+    }
+  })
+})
+
 async function settled(one: Pair['one']) {
   await until(() => one.show('data').lag.bytes === 0, 'nothing lacking')
   return one.show('data')
