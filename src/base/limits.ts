@@ -115,6 +115,8 @@ export const LIMITS = {
   mirrorDataWindow: 8 * MiB,
   /** Mirrors: one message of content; a larger copy unit travels in several. */
   mirrorPieceBytes: 1 * MiB,
+  /** Mirrors: copy units of one message that says that they are holes. */
+  mirrorHoleUnitsMax: 2 ** 20,
   /** Mirrors: content that was read and that the secondary has not acknowledged. */
   mirrorInFlightMax: 16 * MiB,
   /** Mirrors: content in memory that was saved before it was overwritten; more of it goes to free slots of the pool. */

@@ -472,7 +472,12 @@ export class Mirrors implements MirrorControl {
     const { id, role, relation: uuid } = relation.record
     await relation.close('the mirror is removed')
     await this.#targets.end(id, 'the mirror is removed')
-    await this.#pool.mirrors.remove(id, role === 'secondary' ? { secondaryOf: undefined } : {})
+    try {
+      await this.#pool.mirrors.remove(id, role === 'secondary' ? { secondaryOf: undefined } : {})
+    } catch (error) {
+      relation.reopen()
+      throw error
+    }
     this.#relations.delete(id)
     await relation.volume.releaseIntents(needOf(uuid))
   }

@@ -573,7 +573,7 @@ export class Primary implements ChangeWatcher {
     await this.#host.volume.quiesce(async () => {
       this.#throwIfInterrupted()
       this.#notes.close()
-      const sender = this.#newSender(remote, true)
+      const sender = this.#newSender(remote, true, NO_LIMIT)
       const timer = setTimeout(() => {
         late = true
         sender.stop(new Interrupted('clients waited long enough'))
@@ -718,7 +718,7 @@ export class Primary implements ChangeWatcher {
     if (hello.stage !== this.#stageToken) this.#newStage(hello.stage)
     await this.#host.volume.quiesce(async () => {
       this.#notes.close()
-      await this.#newSender(remote, true).run()
+      await this.#newSender(remote, true, NO_LIMIT).run()
       this.#sender = undefined
       const cycle = this.record.cycle + 1
       await remote.handOver(this.#commitInfo(cycle, true, false))

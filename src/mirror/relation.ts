@@ -121,6 +121,11 @@ export class Relation {
     await this.#secondary.close(reason)
   }
 
+  /** It was closed to be removed, and that could not be stored: a secondary goes on. */
+  reopen(): void {
+    this.#secondary.reopen()
+  }
+
   // ---- sessions
 
   /** Whether the session's peer is the other side. */
@@ -186,7 +191,7 @@ export class Relation {
 
   /** @throws UserError BUSY, REFUSED */
   async promote(force: boolean): Promise<void> {
-    const { record, volume } = this
+    const { record } = this
     if (this.isPrimary) throw new UserError('BUSY', `mirror ${this.object}: this side is primary already`)
     if (this.#secondary.connected && this.state !== 'promoted' && !force) {
       throw new UserError(
@@ -200,7 +205,17 @@ export class Relation {
         `mirror ${this.object}: the content here is not consistent yet (the initial copy has not ended): use --force to take it as it is`,
       )
     }
-    await this.#secondary.close('this side was promoted')
+    // A primary that comes back meanwhile is answered when this side is one, too.
+    const current = await this.#secondary.apart('this side was promoted', () => this.#becomePrimary())
+    this.tell('info', 'mirror.promoted', `this side is primary, generation ${current}`)
+    const session = this.#host.session(this)
+    if (session !== undefined) await this.connect(session)
+  }
+
+  /** @returns the new generation. @throws UserError BUSY; StoreError */
+  async #becomePrimary(): Promise<string> {
+    const { record, volume } = this
+    if (this.isPrimary) throw new UserError('BUSY', `mirror ${this.object}: this side is primary already`)
     const bits = this.#secondary.differing()
     const before = volume.record.generation
     const generation: GenerationRecord = {
@@ -216,9 +231,7 @@ export class Relation {
       )
       this.#beginPrimary()
     })
-    this.tell('info', 'mirror.promoted', `this side is primary, generation ${generation.current}`)
-    const session = this.#host.session(this)
-    if (session !== undefined) await this.connect(session)
+    return generation.current
   }
 
   /** @throws UserError BUSY, REFUSED */

@@ -30,7 +30,7 @@ import {
   readRanges,
 } from './protocol.ts'
 import type { BitmapKind, CommitInfo, PrimaryHello, RemoteHello } from './remote.ts'
-import { signaturesOf } from './signatures.ts'
+import { SIGNATURE_BYTES, signaturesOf } from './signatures.ts'
 import type { MirrorState } from './state.ts'
 
 /**
@@ -39,6 +39,16 @@ import type { MirrorState } from './state.ts'
  *   staged     units are put into fresh slots; a commit switches to all of them in one transaction, together with the record of
  *              how far this side is. So the content is that of one commit at every moment and after every crash
  *   following  after a commit that says so, every request of the primary is done here as a client's would be, answered when done
+ *
+ * Which of them it is, and whether any, is the phase of the session:
+ *
+ *   apart      there is none, or no hello was answered in it: nothing changes
+ *   changing   a hello or a commit is under way: nothing else may touch the stage or the volume
+ *   staging    units are put; a commit ends it
+ *   following  operations are done
+ *
+ * A request that has no place in its phase is a broken protocol: the session ends. Changes of several sessions (the last one's commit may
+ * still be under way when the next one says hello) are made one after the other.
  *
  * What this side cannot vouch for it calls `differs`: regions that were hot when the daemon stopped out of order while following, and what
  * it had changed itself before it gave up being primary. The primary adds that to what it sends, and the commit that brings it clears it.
@@ -55,20 +65,32 @@ export interface SecondaryHost {
   onCommit(info: CommitInfo, bytes: number): void
 }
 
+type Phase = 'apart' | 'changing' | 'staging' | 'following'
+
+const NEXT: Record<Phase, readonly Phase[]> = {
+  apart: ['apart', 'changing'],
+  changing: ['staging', 'following', 'apart'],
+  staging: ['changing', 'apart'],
+  following: ['changing', 'apart'],
+}
+
 interface Assembly {
   readonly content: Buffer
-  received: number
+  readonly blocks: Bitmap // received ones
+  received: number // bytes
 }
 
 const NOTHING = Buffer.alloc(0)
 const PAGE_UNITS = 1 << 19
 const ASSEMBLY_BYTES_MAX = 4 * LIMITS.formatUnitBytesMax
+/** Pieces of a unit are whole blocks; its end may cut the last one short. */
+const ASSEMBLY_BLOCK = 4096
 
 export class Secondary {
   readonly #host: SecondaryHost
   #stage: Stage | undefined
   #stageToken = ''
-  #following = false
+  #phase: Phase = 'apart'
   #control: Channel | undefined
   #hello: PrimaryHello | undefined
   #ends: { id: number; errno: number }[] = []
@@ -79,7 +101,10 @@ export class Secondary {
   #idle: (() => void)[] = []
   #puts = 0
   #putsDone: (() => void)[] = []
-  readonly #commits = new Mutex()
+  /** Hellos, commits, and what `apart` does. */
+  readonly #changes = new Mutex()
+  readonly #signing = new Mutex()
+  #closed: string | undefined // why no session begins any more
   #sideWires: SideWires | undefined
   /** Connections for lanes, before they are served. */
   #lanes: Promise<readonly Socket[]> | undefined
@@ -100,37 +125,59 @@ export class Secondary {
 
   /** A session of the primary; an earlier one has ended, or is over now. */
   serve(control: Channel, sideWires?: SideWires): void {
+    if (this.#closed !== undefined) {
+      control.close(this.#closed)
+      return
+    }
     this.#control?.close('the primary came back in another session')
     this.#endLanes()
     this.#control = control
     this.#sideWires = sideWires
-    this.#following = false
-    this.#assemblies.clear()
-    this.#assemblyBytes = 0
+    this.#enter('apart')
+    this.#forgetPieces()
     control.onMessage((message) => this.#onControl(control, message))
     control.ended.then(() => {
       if (this.#control !== control) return
       this.#control = undefined
-      this.#following = false
+      this.#enter('apart')
       this.#endLanes()
     })
   }
 
+  /** It ends with the control channel, which comes first. */
   serveData(data: Channel): void {
-    data.onMessage((message) => this.#onData(data, message))
-    this.#control?.ended.then(() => data.close("the mirror's other channel is over"))
+    const control = this.#control
+    const end = (): void => data.close("the mirror's other channel is over")
+    if (control === undefined) {
+      end()
+      return
+    }
+    data.onMessage((message) => (this.#control === control ? this.#onData(data, message) : end()))
+    control.ended.then(end)
   }
 
-  /** Ends sessions; resolves when nothing is under way and the stage is given back. */
+  /** Ends sessions, for good; resolves when nothing is under way and the stage is given back. */
   async close(reason: string): Promise<void> {
+    this.#closed = reason
+    await this.apart(reason, async () => {})
+  }
+
+  /** What it was closed for did not happen. */
+  reopen(): void {
+    this.#closed = undefined
+  }
+
+  /** Ends sessions. `action` runs when nothing is under way and the stage is given back; a hello that comes meanwhile waits for its end. */
+  apart<T>(reason: string, action: () => Promise<T>): Promise<T> {
     this.#control?.close(reason)
     this.#control = undefined
-    this.#following = false
+    this.#enter('apart')
     this.#endLanes()
-    await this.#allIdle()
-    this.#stage?.drop()
-    this.#stage = undefined
-    this.#stageToken = ''
+    return this.#changes.run(async () => {
+      await this.#quiet()
+      this.#dropStage()
+      return action()
+    })
   }
 
   // ---- requests of the primary
@@ -146,7 +193,6 @@ export class Secondary {
       case MESSAGE.handOver:
         return this.#confirm(control, message, async () => {
           await this.#commit(control, { ...readCommit(message.payload), follow: false })
-          this.#following = false
           this.#endLanes()
           await this.#host.volume.lanes.closed()
           this.#host.onHandOver()
@@ -180,12 +226,7 @@ export class Secondary {
           message.release?.() // not where it failed: somebody may still be at it
         })
       case MESSAGE.hole:
-        return this.#confirm(data, message, async () => {
-          for (const { offset, length } of readRanges(message.payload)) {
-            this.#checkUnits(offset, length)
-            this.#openStage().hole(offset, length)
-          }
-        })
+        return this.#confirm(data, message, async () => this.#hole(message.payload))
       case MESSAGE.signatures:
         return this.#answer(data, message, () => this.#sign(message.payload))
       case MESSAGE.bitmap:
@@ -222,21 +263,36 @@ export class Secondary {
     })
   }
 
+  #enter(next: Phase): void {
+    assert(NEXT[this.#phase].includes(next), `secondary: ${this.#phase} -> ${next}`)
+    this.#phase = next
+  }
+
+  /** A hello or a commit of the session has ended; its first outcome counts. */
+  #changed(control: Channel, next: Phase): void {
+    if (this.#control === control && this.#phase === 'changing') this.#enter(next)
+  }
+
   // ---- hello
 
-  /** Concurrency rule: it is answered when nothing of the time before is under way, or can begin. */
   async #meet(control: Channel, hello: PrimaryHello): Promise<RemoteHello> {
-    const { volume, stored } = this.#host
+    if (this.#phase === 'changing') throw new LinkError('BAD_FRAME', 'a hello while a request is under way')
+    this.#enter('changing')
     this.#hello = hello
-    do {
-      this.#following = false
-      this.#endLanes()
-      await this.#allIdle()
-      if (this.#control !== control)
-        throw new LinkError('CHANNEL_CLOSED', 'the session of this hello is over')
-    } while (this.#following) // a commit of the time before said so
-    this.#assemblies.clear()
-    this.#assemblyBytes = 0
+    try {
+      return await this.#changes.run(() => this.#meetAlone(control, hello))
+    } finally {
+      this.#changed(control, 'apart')
+    }
+  }
+
+  /** Concurrency rule: it is answered when nothing of the time before is under way, or can begin. */
+  async #meetAlone(control: Channel, hello: PrimaryHello): Promise<RemoteHello> {
+    const { volume, stored } = this.#host
+    this.#endLanes()
+    await this.#quiet()
+    this.#throwIfOver(control)
+    this.#forgetPieces()
     if (stored.record.role === 'primary') {
       this.#host.onSplitBrain(hello)
       return this.#introduce()
@@ -253,14 +309,22 @@ export class Secondary {
       await this.#host.book.save(record.id, { mode, intervalMs, onLoss })
     }
     if (hello.size !== volume.size) {
-      this.#stage?.drop()
-      this.#stage = undefined
-      this.#stageToken = ''
+      this.#dropStage()
       await volume.resize(hello.size, { force: true, byPrimary: true })
     }
-    this.#openStage()
+    if (this.#stage === undefined) {
+      this.#stage = volume.openStage()
+      this.#stageToken = randomUUID()
+      this.#stagedBytes = 0
+    }
+    this.#changed(control, 'staging')
     this.#host.onState('negotiating', hello)
     return this.#introduce()
+  }
+
+  /** A request that waited while its session ended. Nobody hears the answer. @throws UserError */
+  #throwIfOver(control: Channel): void {
+    if (this.#control !== control) throw new UserError('BUSY', 'the session of this request is over')
   }
 
   #introduce(): RemoteHello {
@@ -281,16 +345,17 @@ export class Secondary {
 
   // ---- staged
 
+  /** @throws LinkError BAD_FRAME where nothing may be staged at present */
   #openStage(): Stage {
-    if (this.#following) throw new LinkError('BAD_FRAME', 'something is staged while operations follow')
-    if (this.#host.stored.record.role !== 'secondary')
-      throw new LinkError('BAD_FRAME', 'this side is primary')
-    if (this.#stage === undefined) {
-      this.#stage = this.#host.volume.openStage()
-      this.#stageToken = randomUUID()
-      this.#stagedBytes = 0
-    }
-    return this.#stage
+    const stage = this.#phase === 'staging' ? this.#stage : undefined
+    if (stage === undefined) throw new LinkError('BAD_FRAME', `something is staged while ${this.#phase}`)
+    return stage
+  }
+
+  #dropStage(): void {
+    this.#stage?.drop()
+    this.#stage = undefined
+    this.#stageToken = ''
   }
 
   #checkUnits(offset: number, length: number): void {
@@ -302,75 +367,101 @@ export class Secondary {
       throw new LinkError('BAD_FRAME', `no whole copy units: ${offset}+${length}`)
   }
 
+  #hole(payload: Buffer): void {
+    const stage = this.#openStage()
+    const ranges = readRanges(payload)
+    let bytes = 0
+    for (const { offset, length } of ranges) {
+      this.#checkUnits(offset, length)
+      bytes += length
+    }
+    if (bytes > LIMITS.mirrorHoleUnitsMax * this.#host.stored.record.unitBytes)
+      throw new LinkError('BAD_FRAME', `holes of ${bytes} bytes at once`)
+    for (const { offset, length } of ranges) stage.hole(offset, length)
+  }
+
   async #put(payload: Buffer): Promise<void> {
+    const stage = this.#openStage()
     const { offset, unit, length, data } = readPut(payload)
     this.#checkUnits(unit, length)
     if (length > Math.max(LIMITS.mirrorPieceBytes, this.#host.stored.record.unitBytes)) {
       throw new LinkError('BAD_FRAME', `a put of ${length} bytes`)
     }
-    const stage = this.#openStage()
+    const whole = offset === unit && data.length === length
+    const content = whole ? data : this.#assemble(offset - unit, unit, length, data)
+    if (content === undefined) return
     this.#puts++
     try {
-      if (offset === unit && data.length === length) {
-        await stage.put(unit, data)
-      } else {
-        const whole = this.#assemble(offset, unit, length, data)
-        if (whole === undefined) return
-        try {
-          await stage.put(unit, whole)
-        } finally {
-          this.#assemblyBytes -= length
-        }
-      }
+      await stage.put(unit, content)
       this.#stagedBytes += length
     } finally {
+      if (!whole) this.#assemblyBytes -= length
       this.#puts--
       if (this.#puts === 0) for (const resolve of this.#putsDone.splice(0)) resolve()
     }
   }
 
-  /** @returns the unit when all of it is there */
-  #assemble(offset: number, unit: number, length: number, data: Buffer): Buffer | undefined {
+  /** @param at where the piece lies in its unit. @returns the unit when all of it is there */
+  #assemble(at: number, unit: number, length: number, data: Buffer): Buffer | undefined {
+    const end = at + data.length
     let assembly = this.#assemblies.get(unit)
+    if (!(at >= 0 && end <= length && length === (assembly?.content.length ?? length)))
+      throw new LinkError('BAD_FRAME', 'a piece of a copy unit lies outside it')
+    if (at % ASSEMBLY_BLOCK !== 0 || (end % ASSEMBLY_BLOCK !== 0 && end !== length))
+      throw new LinkError('BAD_FRAME', 'a piece of a copy unit is not whole blocks')
+    const first = at / ASSEMBLY_BLOCK
+    const last = Math.ceil(end / ASSEMBLY_BLOCK)
+    if (assembly !== undefined && assembly.blocks.nextSet(first, last) < last)
+      throw new LinkError('BAD_FRAME', 'a piece of a copy unit comes twice')
     if (assembly === undefined) {
       if (this.#assemblyBytes + length > ASSEMBLY_BYTES_MAX) {
         throw new StoreError('NO_MEMORY', 'too many copy units arrive in pieces at a time')
       }
-      assembly = { content: Buffer.allocUnsafe(length), received: 0 }
+      const blocks = new Bitmap(Math.ceil(length / ASSEMBLY_BLOCK))
+      assembly = { content: Buffer.allocUnsafe(length), blocks, received: 0 }
       this.#assemblies.set(unit, assembly)
       this.#assemblyBytes += length
     }
-    const at = offset - unit
-    if (assembly.content.length !== length || at < 0 || at + data.length > length) {
-      throw new LinkError('BAD_FRAME', 'a piece of a copy unit lies outside it')
-    }
     data.copy(assembly.content, at)
+    assembly.blocks.setRange(first, last)
     assembly.received += data.length
     if (assembly.received < length) return undefined
     this.#assemblies.delete(unit)
     return assembly.content
   }
 
-  /** Nothing of any session is under way: no request, no put, no commit, no write that came on a lane. */
-  async #allIdle(): Promise<void> {
+  /** Units of which not all has come. Others are still being put: their bytes count until they are. */
+  #forgetPieces(): void {
+    for (const { content } of this.#assemblies.values()) this.#assemblyBytes -= content.length
+    this.#assemblies.clear()
+  }
+
+  /** Nothing of any session is under way: no request, no put, no write that came on a lane. For one of `#changes`. */
+  async #quiet(): Promise<void> {
     const { lanes } = this.#host.volume
-    while (this.#operations > 0 || this.#puts > 0 || this.#commits.locked || lanes.closing) {
+    while (this.#operations > 0 || this.#puts > 0 || lanes.closing) {
       await this.#operationsIdle()
       await lanes.closed()
       while (this.#puts > 0) await new Promise<void>((resolve) => this.#putsDone.push(resolve))
-      await this.#commits.run(() => {})
+    }
+  }
+
+  async #commit(control: Channel, info: CommitInfo): Promise<void> {
+    if (this.#phase !== 'staging') throw new LinkError('BAD_FRAME', `a commit while ${this.#phase}`)
+    if (this.#puts > 0 || this.#assemblies.size > 0)
+      throw new LinkError('BAD_FRAME', 'a commit while something is put')
+    this.#enter('changing')
+    try {
+      await this.#changes.run(() => this.#commitAlone(control, info))
+    } finally {
+      this.#changed(control, 'staging')
     }
   }
 
   /** Crash rule: content, generation, `cycle` and what is no longer different become durable in one transaction. */
-  #commit(control: Channel, info: CommitInfo): Promise<void> {
-    return this.#commits.run(() => this.#commitAlone(control, info))
-  }
-
   async #commitAlone(control: Channel, info: CommitInfo): Promise<void> {
     const { volume, book, stored } = this.#host
-    if (this.#puts > 0) throw new LinkError('BAD_FRAME', 'a commit while something is put')
-    if (stored.record.role !== 'secondary') throw new LinkError('BAD_FRAME', 'this side is primary')
+    this.#throwIfOver(control)
     if (info.size !== volume.size) throw new LinkError('BAD_FRAME', 'a commit of another size')
     const stage = this.#stage
     const bytes = this.#stagedBytes
@@ -392,13 +483,9 @@ export class Secondary {
     // What was suspect has come again with this commit, or follows from now on.
     if (info.consistent && (volume.info().intents?.suspect ?? 0) > 0) await volume.acknowledge()
     if (info.follow) {
-      this.#stage?.drop()
-      this.#stage = undefined
-      this.#stageToken = ''
-      if (this.#control === control) {
-        this.#following = true
-        await this.#serveLanes(control)
-      }
+      this.#dropStage()
+      this.#changed(control, 'following')
+      if (this.#control === control) await this.#serveLanes(control)
     }
     this.#host.onCommit(info, bytes)
   }
@@ -442,7 +529,7 @@ export class Secondary {
     // The primary does without, and learns so from their end, where they did not come.
     const sockets = await lanes.catch(() => [])
     await volume.lanes.settle()
-    const wanted = this.#control === control && this.#following && volume.lanes.none
+    const wanted = this.#control === control && this.#phase === 'following' && volume.lanes.none
     if (wanted && sockets.length > 0) volume.lanes.serve(sockets)
     else for (const socket of sockets) socket.destroy()
   }
@@ -463,7 +550,8 @@ export class Secondary {
   }
 
   #operate(control: Channel, payload: Buffer): Promise<void> {
-    if (!this.#following) throw new LinkError('BAD_FRAME', 'an operation comes before the sides are equal')
+    if (this.#phase !== 'following')
+      throw new LinkError('BAD_FRAME', `an operation comes while ${this.#phase}`)
     const { volume } = this.#host
     const done: Promise<void>[] = []
     for (const { id, kind, flags, offset, length, payload: data } of readOperations(payload)) {
@@ -526,8 +614,10 @@ export class Secondary {
         throw new LinkError('BAD_FRAME', `a signature of ${offset}+${length}`)
       }
     }
-    if (bytes > SIGN_BYTES_MAX) throw new LinkError('BAD_FRAME', 'too many signatures at once')
-    return signaturesOf(ranges, (offset, target) => volume.read(offset, target))
+    if (bytes > SIGN_BYTES_MAX || ranges.length > SIGN_RANGES_MAX)
+      throw new LinkError('BAD_FRAME', 'too many signatures at once')
+    // One request at a time: each has buffers of the size that the peer asked for.
+    return this.#signing.run(() => signaturesOf(ranges, (offset, target) => volume.read(offset, target)))
   }
 
   #page(fields: Fields): readonly Buffer[] {
@@ -577,5 +667,6 @@ const STATES: readonly MirrorState[] = [
 ]
 const ENDS_MAX = 4096
 const SIGN_BYTES_MAX = 256 << 20
+const SIGN_RANGES_MAX = Math.floor(LIMITS.linkPayloadMax / SIGNATURE_BYTES) // of which the answer fits
 
 assert(LIMITS.mirrorPieceBytes + 1024 <= LIMITS.linkPayloadMax)

@@ -34,7 +34,6 @@ interface SavedUnit {
 
 /** Bytes of one read and one message where units are small; holes are only named. */
 const RUN_BYTES = LIMITS.mirrorPieceBytes
-const HOLE_UNITS_MAX = 1 << 20
 /** Beside the bytes, for units that are small or holes: a channel takes so many requests at a time. */
 const MESSAGES_MAX = 512
 
@@ -156,7 +155,7 @@ export class Sender {
   #sendRun(unit: number): number {
     const { bits, remote } = this.#host
     const hole = this.#isHole(unit)
-    const most = hole ? HOLE_UNITS_MAX : Math.max(1, Math.floor(RUN_BYTES / this.#host.unitBytes))
+    const most = hole ? LIMITS.mirrorHoleUnitsMax : Math.max(1, Math.floor(RUN_BYTES / this.#host.unitBytes))
     let units = 1
     while (units < most && unit + units < bits.unitCount && bits.isSending(unit + units)) {
       if (this.#isHole(unit + units) !== hole) break

@@ -28,8 +28,11 @@ export class Stage {
   readonly #slots = new FreshSlots()
   readonly #stripeCount: number
   readonly #staged: Bitmap // format units
+  readonly #filled: Bitmap // those of them that have slots
   #units = 0
   #pending = 0 // puts under way
+  /** Changed by a switch that is not durable yet: what is staged may have to come back. */
+  #switching = false
   #closed = false
   #freed: FreedRun[] = []
 
@@ -38,6 +41,7 @@ export class Stage {
     const { stripeCount, unitCount } = host.tables()
     this.#stripeCount = stripeCount
     this.#staged = new Bitmap(unitCount)
+    this.#filled = new Bitmap(unitCount)
   }
 
   /** Format units that wait for the switch. */
@@ -54,7 +58,7 @@ export class Stage {
    * @throws StoreError NO_SPACE, MEMBER_IO: the units are as they were
    */
   async put(offset: number, payload: Buffer): Promise<void> {
-    assert(!this.#closed, 'a stage that was switched or dropped')
+    this.#checkOpen()
     const { first, count, unit, units } = this.#range(offset, payload.length)
     this.#pending++
     try {
@@ -70,8 +74,9 @@ export class Stage {
       } finally {
         datapath.complete(id, 0)
       }
-      if (this.#staged.nextSet(unit, unit + units) < unit + units) this.#giveBack(first, count)
+      this.#giveBack(unit, units)
       this.#slots.set(first, slots)
+      this.#filled.setRange(unit, unit + units)
       this.#note(unit, units)
     } finally {
       this.#pending--
@@ -80,20 +85,25 @@ export class Stage {
 
   /** These format units are to be unformatted. */
   hole(offset: number, length: number): void {
-    assert(!this.#closed, 'a stage that was switched or dropped')
-    const { first, count, unit, units } = this.#range(offset, length)
-    this.#giveBack(first, count)
+    this.#checkOpen()
+    const { unit, units } = this.#range(offset, length)
+    this.#giveBack(unit, units)
     this.#note(unit, units)
   }
 
   /** Changes the tables; in the turn in which a transaction copies their pages. @returns takes that back */
   switch(): () => void {
-    assert(!this.#closed && this.#pending === 0, 'a stage is switched while something is put into it')
+    this.#checkOpen()
+    assert(this.#pending === 0, 'a stage is switched while something is put into it')
     const tables = this.#host.tables()
     assert(tables.stripeCount === this.#stripeCount, 'a stage of another size')
     const undo: (() => void)[] = []
     const freed: FreedRun[] = []
-    for (let unit = this.#next(0); unit < this.#staged.length; unit = this.#next(unit + 1)) {
+    for (
+      let unit = this.#nextChange(tables, 0);
+      unit < this.#staged.length;
+      unit = this.#nextChange(tables, unit + 1)
+    ) {
       const { first, count } = tables.unitStripes(unit)
       const before = [...tables.slots.subarray(first, first + count)]
       const after = this.#slots.get(first, count)
@@ -105,54 +115,70 @@ export class Stage {
       put(tables, unit, first, after, after[0] !== 0)
     }
     this.#freed = freed
+    this.#switching = true
     return () => {
+      this.#switching = false
       for (const back of undo.reverse()) back()
     }
   }
 
   /** The switch is durable. The stage is empty again. */
   switched(): void {
+    this.#switching = false
     this.#host.freeLater(this.#freed, 0)
     this.#freed = []
-    this.#empty(false)
+    this.#empty()
   }
 
   /** Gives everything back. Puts under way are waited for by whoever began them. */
   drop(): void {
+    assert(!this.#switching, 'a stage is dropped while it is switched')
     this.#closed = true
     assert(this.#pending === 0, 'a stage is dropped while something is put into it')
-    this.#empty(true)
+    this.#giveBack(0, this.#filled.length)
+    this.#empty()
   }
 
-  #next(unit: number): number {
-    return unit < this.#staged.length ? this.#staged.nextSet(unit) : unit
+  /** Slots of a switch that is not durable yet are in the tables: given back, they would have two owners. */
+  #checkOpen(): void {
+    assert(!this.#closed, 'a stage that was dropped')
+    assert(!this.#switching, 'a stage is changed while it is switched')
   }
 
-  #empty(giveBack: boolean): void {
-    const { formatUnit, stripeCount } = this.#host.tables()
-    for (let unit = this.#next(0); unit < this.#staged.length; unit = this.#next(unit + 1)) {
-      const first = unit * formatUnit
-      if (giveBack) this.#giveBack(first, Math.min(formatUnit, this.#stripeCount - first))
-      this.#staged.clear(unit)
+  /** The first unit at or after `unit` that is staged and is not a hole already. A long hole costs what there is in it. */
+  #nextChange({ init }: VolumeTables, unit: number): number {
+    const { length } = this.#staged
+    let at = this.#staged.nextSet(unit)
+    while (at < length && !init.get(at) && !this.#filled.get(at)) {
+      at = this.#staged.nextSet(Math.min(init.nextSet(at), this.#filled.nextSet(at)))
     }
+    return at
+  }
+
+  #empty(): void {
+    this.#staged.clearRange(0, this.#staged.length)
+    this.#filled.clearRange(0, this.#filled.length)
     this.#slots.clear()
     this.#units = 0
-    assert(stripeCount > 0)
   }
 
-  #giveBack(first: number, count: number): void {
-    const slots = this.#slots.get(first, count).filter((slot) => slot !== 0)
-    if (slots.length === 0) return
-    this.#host.unallocate(slots)
-    this.#slots.set(first, new Array<number>(count).fill(0))
+  /** What was put into these units. */
+  #giveBack(unit: number, units: number): void {
+    const { formatUnit } = this.#host.tables()
+    const end = unit + units
+    for (let at = this.#filled.nextSet(unit, end); at < end; at = this.#filled.nextSet(at + 1, end)) {
+      const first = at * formatUnit
+      const count = Math.min(formatUnit, this.#stripeCount - first)
+      this.#host.unallocate(this.#slots.get(first, count))
+      this.#slots.set(first, new Array<number>(count).fill(0))
+    }
+    this.#filled.clearRange(unit, end)
   }
 
   #note(unit: number, units: number): void {
-    for (let at = unit; at < unit + units; at++) {
-      if (this.#staged.get(at)) continue
-      this.#staged.set(at)
-      this.#units++
-    }
+    const end = unit + units
+    this.#units += units - this.#staged.count(unit, end)
+    this.#staged.setRange(unit, end)
   }
 
   #range(offset: number, length: number): { first: number; count: number; unit: number; units: number } {

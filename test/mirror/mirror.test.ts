@@ -98,7 +98,7 @@ describe('a mirror', () => {
     await one.mirrors.add({ volume: 'data', peer: pair.address })
     await one.reach('data', 'cycling')
     expect((await settled(one)).counters.units).toBe(1)
-    await one.mirrors.verify('data')
+    await one.mirrors.verify('data', undefined)
     await until(() => one.show('data').verify?.ended !== null, 'the end of the comparison')
     expect(one.show('data').verify).toMatchObject({ failure: null, differing: 0, compared: size })
   })
