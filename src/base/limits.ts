@@ -129,9 +129,13 @@ export const LIMITS = {
   /** Mirrors: an initial copy is made durable over there after so much of it, or so long. */
   mirrorCommitBytes: 1024 * MiB,
   mirrorCommitMs: 5_000,
-  /** Mirrors: clients wait while the last of a resync is sent; it is at most this, or else they wait at most this long. */
+  /**
+   * Mirrors: clients wait while the last of a resync is sent and committed. It is at most so much where clients do not write faster than
+   * that, and they wait at most so long for each of the two; longer the next time, where that was too short.
+   */
   mirrorLastStepBytes: 4 * MiB,
   mirrorLastStepMs: 2_000,
+  mirrorLastStepMsMax: 32_000,
   /** Mirrors: delays after a refusal of the peer (its pool is full, for instance). */
   mirrorRetryMsMin: 1_000,
   mirrorRetryMsMax: 30_000,

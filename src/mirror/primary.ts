@@ -59,6 +59,8 @@ class Interrupted extends Error {
 const PASSES_MAX = 6
 /** A pass that leaves less than this is the last. */
 const LITTLE_UNITS_BYTES = 16 << 20
+const TOO_SLOW =
+  'the other side took too long for the last commit before the sides are equal, and clients waited'
 /** For what is sent while clients wait. */
 const NO_LIMIT = new RateLimit()
 
@@ -80,6 +82,7 @@ export class Primary implements ChangeWatcher {
   #wake: (() => void) | undefined
   #interrupt: string | undefined
   #retryMs: number = LIMITS.mirrorRetryMsMin
+  #patienceMs: number = LIMITS.mirrorLastStepMs // of clients, for the next last step; more after each that took longer
   #stageToken = ''
   #closed = false
   #suspended = false // nothing is done with the session for now
@@ -199,7 +202,7 @@ export class Primary implements ChangeWatcher {
     }
     const before = this.#run
     this.#remote = remote
-    this.#interrupt = undefined
+    this.#interrupt = 'another session takes its place' // for the run of the one before; each begins without
     this.#retryMs = LIMITS.mirrorRetryMsMin
     const run = async (): Promise<void> => {
       await before
@@ -542,7 +545,6 @@ export class Primary implements ChangeWatcher {
 
   async #sync(remote: Remote): Promise<void> {
     if (this.states.state === 'negotiating') this.#enter('copying')
-    let patience: number = LIMITS.mirrorLastStepMs
     try {
       for (let pass = 0; ; pass++) {
         if (pass < PASSES_MAX && this.#notes.behind > LIMITS.mirrorLastStepBytes) {
@@ -550,13 +552,15 @@ export class Primary implements ChangeWatcher {
           continue
         }
         await this.#laneUse.prepare(remote)
+        const patience = this.#patienceMs
+        this.#patienceMs = Math.min(2 * patience, LIMITS.mirrorLastStepMsMax)
         if (await this.#lastStep(remote, patience)) break
-        patience *= 2
       }
     } finally {
       this.#laneUse.forget()
     }
     this.#progress.end()
+    this.#patienceMs = LIMITS.mirrorLastStepMs
     this.#throwIfInterrupted()
     this.#enter('insync')
     while (this.#forwarder.following) {
@@ -567,14 +571,17 @@ export class Primary implements ChangeWatcher {
     throw new Interrupted('the session is over')
   }
 
-  /** Clients wait while what is left is sent, and from then on every request goes to both. @returns false where it took too long */
+  /**
+   * Clients wait while what is left is sent and committed, each for `patienceMs` at most, and from then on every request goes to both.
+   * @returns false where the sending took too long
+   */
   async #lastStep(remote: Remote, patienceMs: number): Promise<boolean> {
     let late = false
     await this.#host.volume.quiesce(async () => {
       this.#throwIfInterrupted()
       this.#notes.close()
       const sender = this.#newSender(remote, true, NO_LIMIT)
-      const timer = setTimeout(() => {
+      let timer = setTimeout(() => {
         late = true
         sender.stop(new Interrupted('clients waited long enough'))
       }, patienceMs)
@@ -582,6 +589,8 @@ export class Primary implements ChangeWatcher {
         await sender.run()
         clearTimeout(timer)
         late = false
+        // What is asked for cannot be taken back: where its answer takes too long the session ends.
+        timer = setTimeout(() => remote.close(TOO_SLOW), patienceMs)
         await this.#commit(remote, { consistent: true, follow: true })
         assert(this.bits.total === 0, 'both sides are equal')
         this.#forwarder.follow(remote)
@@ -678,8 +687,8 @@ export class Primary implements ChangeWatcher {
     }
     const cleared = this.#notes.committed(consistent)
     const agreed = { initialized: true, base: this.#generation().current }
-    await this.#save({ cycle, ...(consistent ? agreed : {}) })
-    await cleared
+    // Both are waited for at once: where the pool has failed, both reject.
+    await Promise.all([this.#save({ cycle, ...(consistent ? agreed : {}) }), cleared])
   }
 
   #commitInfo(cycle: number, consistent: boolean, follow: boolean): CommitInfo {

@@ -29,7 +29,7 @@ export interface SenderHost {
 
 interface SavedUnit {
   readonly unit: number
-  readonly saved: Saved
+  readonly saved: Saved | undefined // undefined: a hole
 }
 
 /** Bytes of one read and one message where units are small; holes are only named. */
@@ -47,6 +47,7 @@ export class Sender {
   /** For runs, used again and again: garbage of this size would cost more than the copying. */
   readonly #buffers: Buffer[] = []
   #saving = 0
+  #lastSave: Promise<void> | undefined
   #cursor = 0
   #inFlight = 0 // bytes, each message at least one
   #messages = 0
@@ -70,12 +71,18 @@ export class Sender {
       return undefined
     }
     const { offset, length } = this.#range(unit, 1)
+    const hole = this.#host.isHole(offset, length)
+    // As many as may be in memory are being read: whoever waits asks again.
+    if (!hole && this.#saving * this.#host.unitBytes >= LIMITS.mirrorSavedMax) return this.#lastSave
     bits.capture(unit)
-    if (this.#host.isHole(offset, length)) {
-      this.#post(this.#host.remote.hole(offset, length), unit, 1, 0)
+    if (hole) {
+      // `run` sends it when there is room.
+      this.#saved.push({ unit, saved: undefined })
+      this.#wake?.()
       return undefined
     }
     const saving = this.#save(unit, offset, length)
+    this.#lastSave = saving
     this.#reading.set(unit, saving)
     return saving
   }
@@ -130,7 +137,7 @@ export class Sender {
       while (this.#messages > 0 || this.#saving > 0) await this.#progress()
       throw error
     } finally {
-      for (const { saved } of this.#saved.splice(0)) saved.forget()
+      for (const { saved } of this.#saved.splice(0)) saved?.forget()
     }
     assert(bits.openCount === 0, 'a cycle was sent whole')
   }
@@ -146,7 +153,7 @@ export class Sender {
   /** It was stopped: what it had saved is needed no more. */
   forget(): void {
     this.#failure ??= new Error('the cycle is broken off')
-    for (const { saved } of this.#saved.splice(0)) saved.forget()
+    for (const { saved } of this.#saved.splice(0)) saved?.forget()
   }
 
   // ---- what is due
@@ -192,6 +199,10 @@ export class Sender {
 
   #sendSaved({ unit, saved }: SavedUnit): number {
     const { offset, length } = this.#range(unit, 1)
+    if (saved === undefined) {
+      this.#post(this.#host.remote.hole(offset, length), unit, 1, 0)
+      return 0
+    }
     const put = async (): Promise<void> => this.#put(offset, await saved.take())
     this.#post(put(), unit, 1, length)
     return length
