@@ -7,7 +7,7 @@
  * What always holds:
  *  - A peer reaches nothing before it has proved its identity and its pin is durable. Until then it costs one connection of
  *    LIMITS.linkHandshakesMax and a few kilobytes, for LIMITS.handshakeMsMax at most.
- *  - A further connection joins only a gathering of the same identity, in a place that is free.
+ *  - A further connection joins only a gathering of the same identity and of as many connections, in a place that is free.
  *  - A peer that comes back while its old session still seems alive (a half-open link, a restart) takes its place: of one identity and
  *    purpose there is one session. The old one has ended before the new one is handed out.
  */
@@ -161,7 +161,7 @@ export class LinkServer {
     const contact = await checkPin(this.#options.peers, peer.name, peer.fingerprint)
     if (contact === 'new')
       this.#log.info({ peer: peer.name }, `link: first contact with ${describePeer(peer)}, pinned`)
-    if (session !== undefined) return this.#join(peer.fingerprint, session, connection)
+    if (session !== undefined) return this.#join(peer.fingerprint, session, connection, connections)
     if (this.#closed || this.#sessions.size + this.#gatherings.size >= LIMITS.linkSessionsMax) {
       throw new LinkError('BUSY', 'too many sessions')
     }
@@ -177,11 +177,12 @@ export class LinkServer {
     return { session: id, connections }
   }
 
-  #join(fingerprint: string, id: string, place: number): Admission {
+  #join(fingerprint: string, id: string, place: number, count: number): Admission {
     const gathering = this.#gatherings.get(id)
     if (
       gathering === undefined ||
       gathering.fingerprint !== fingerprint ||
+      gathering.count !== count ||
       place >= gathering.count ||
       gathering.places[place] !== undefined
     ) {

@@ -304,19 +304,25 @@ describe('a server', () => {
       identity: typeof sides.identity,
       session: string | undefined,
       connection: number,
+      connections = 3,
     ) => {
       const socket = tcpConnect({ host: '127.0.0.1', port: server.address.port })
       await once(socket, 'connect')
       const party = partyOf({ ...sides, identity, name: identity === thief ? 'thief' : 'peer' })
       const handshake = new ClientHandshake(
         party,
-        { purpose: 'p', session, connection, connections: 3 },
+        { purpose: 'p', session, connection, connections },
         Buffer.alloc(0),
       )
       return greetServer(socket, handshake, async () => undefined, {})
     }
     const { agreement, connection } = await greet(sides.identity, undefined, 0)
     await expect(greet(thief, agreement.session, 1)).rejects.toMatchObject({ code: 'NO_SESSION' })
+    // It contradicts the first one.
+    for (const other of [2, 4])
+      await expect(greet(sides.identity, agreement.session, 1, other)).rejects.toMatchObject({
+        code: 'NO_SESSION',
+      })
     const second = await greet(sides.identity, agreement.session, 1)
     await expect(greet(sides.identity, agreement.session, 1)).rejects.toMatchObject({ code: 'NO_SESSION' })
     await expect(greet(sides.identity, 'f00', 2)).rejects.toMatchObject({ code: 'NO_SESSION' })
