@@ -3,6 +3,7 @@ import { LinkError } from '../link/errors.ts'
 import { Fields } from '../link/hello.ts'
 import type { GenerationRecord } from '../metadata/records.ts'
 import type { CommitInfo, PrimaryHello, RemoteHello, RemoteOperation } from './remote.ts'
+import { SIGNATURE_BYTES } from './signatures.ts'
 
 /**
  * What the two sides of a mirror say to each other, on channels of a link's session.
@@ -38,6 +39,8 @@ const KINDS = ['write', 'trim', 'zero'] as const
 const OPERATION_BYTES = 24
 const END_BYTES = 8
 const PUT_BYTES = 24
+/** The signatures of that many fit into one message. */
+const RANGES_MAX = Math.floor(LIMITS.linkPayloadMax / SIGNATURE_BYTES)
 
 export function json(value: unknown): Buffer {
   return Buffer.from(JSON.stringify(value), 'utf8')
@@ -174,6 +177,8 @@ export function encodeRanges(ranges: readonly { offset: number; length: number }
 export function readRanges(payload: Buffer): { offset: number; length: number }[] {
   if (payload.length === 0 || payload.length % 16 !== 0)
     throw new LinkError('BAD_FRAME', 'ranges of a wrong length')
+  if (payload.length > RANGES_MAX * 16)
+    throw new LinkError('BAD_FRAME', `${payload.length / 16} ranges, ${RANGES_MAX} are the most`)
   return Array.from({ length: payload.length / 16 }, (_, index) => ({
     offset: readU64(payload, index * 16),
     length: readU64(payload, index * 16 + 8),

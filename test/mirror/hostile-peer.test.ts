@@ -5,11 +5,13 @@ import { LinkError } from '../../src/link/errors.ts'
 import type { LinkServer } from '../../src/link/server.ts'
 import type { ChannelOffer, Session } from '../../src/link/session.ts'
 import { type ExpectedWire, SideDoor } from '../../src/link/side-wires.ts'
+import { ask } from '../../src/mirror/asks.ts'
 import { LinkRemote } from '../../src/mirror/link-remote.ts'
 import {
   CHANNELS,
   encodeEnds,
   encodePage,
+  encodeRanges,
   json,
   LANES_CAPABILITY,
   MESSAGE,
@@ -18,7 +20,7 @@ import {
 } from '../../src/mirror/protocol.ts'
 import type { PrimaryHello, RemoteHello, RemoteOperation } from '../../src/mirror/remote.ts'
 import { NbdClient } from '../../src/nbd/client.ts'
-import { listen, openPair } from '../link/pair.ts'
+import { connect, listen, openPair } from '../link/pair.ts'
 import { failingCommits } from '../support/faults.ts'
 import { Pair, Side } from '../support/mirror-pair.ts'
 import { isPending, until, within } from '../support/poll.ts'
@@ -338,6 +340,43 @@ describe('a mirror whose secondary makes no sense', () => {
     expect(asks).toEqual(['create', 'remove'])
     const told = side.events.find(({ kind }) => kind === 'mirror.removed')
     expect(told?.message).toMatch(/the other side could not be told/)
+  })
+})
+
+describe('a primary that makes no sense', () => {
+  it('is cut off when it asks for more signatures than a message has room for; the daemon goes on', async () => {
+    const side = await Side.create({ datapath: 'portable', pool: SMALL_POOL })
+    closers.push(() => side.destroy())
+    const sessions: Session[] = []
+    const capabilities = [{ name: 'mirror-1', required: true }]
+    const client = connect(side.port, { capabilities, onSession: (session) => sessions.push(session) })
+    closers.push(() => client.close())
+    await until(() => sessions.length > 0, 'a session')
+    const session = sessions[0] as Session
+    const size = 1 << 20
+    const { mode, intervalMs, onLoss, unitBytes } = HELLO
+    const record = { mode, intervalMs, onLoss, unitBytes, size, fill: 0, init: 'full' }
+    await ask(session, 'create', {
+      ...record,
+      relation: 'one',
+      name: 'stranger',
+      from: 'data',
+      volume: 'data',
+    })
+    const control = await session.open(CHANNELS.control, { relation: 'one' })
+    const data = await session.open(CHANNELS.data, { relation: 'one' }, { bulk: true, ordered: false })
+    const hello = { ...HELLO, unitBytes: side.show('data').unitBytes }
+    await control.request(MESSAGE.hello, json(hello))
+    const sign = (count: number): Promise<Message> =>
+      data.request(
+        MESSAGE.signatures,
+        encodeRanges(Array.from({ length: count }, (_, offset) => ({ offset, length: 1 }))),
+      )
+    const { payload } = await sign(5_000)
+    expect(payload.length).toBe(5_000 * 32)
+    await expect(within(sign(40_000), 'an answer')).rejects.toMatchObject({ name: 'LinkError' })
+    expect((await session.ended).message).toMatch(/40000 ranges, \d+ are the most/)
+    await until(() => sessions.length > 1, 'it is let in again')
   })
 })
 
