@@ -1,3 +1,4 @@
+import { createHash } from 'node:crypto'
 import { join } from 'node:path'
 import { UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
@@ -51,7 +52,10 @@ interface Dialled {
   readonly waiting: Set<(outcome: Session | LinkError) => void>
 }
 
-const PURPOSE = 'mirror'
+/** One for each address: where two of them lead to the same peer, the sessions do not replace each other. */
+function purposeOf(address: string): string {
+  return `mirror ${createHash('sha256').update(address).digest('hex').slice(0, 16)}`
+}
 
 export class Links {
   readonly #options: LinksOptions
@@ -149,7 +153,7 @@ export class Links {
       host,
       port,
       peerName: address,
-      purpose: PURPOSE,
+      purpose: purposeOf(address),
       connections: this.#options.connections ?? 2,
       retryMs: { min: LIMITS.linkRetryMsMin, max: 5_000 },
       onSession: (session) => {

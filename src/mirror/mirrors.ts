@@ -283,7 +283,9 @@ export class Mirrors implements MirrorControl {
           // The mirror is gone, or the pool takes no changes and says so: the next session comes here again.
           if (!(error instanceof StoreError || error instanceof UserError)) throw error
         })
-        if (relation.isPrimary) this.#connect(relation, session)
+        // One that its own address leads to stays there.
+        if (relation.isPrimary && this.#sessionOf(relation, session) === session)
+          this.#connect(relation, session)
       }
     })
   }
@@ -312,9 +314,15 @@ export class Mirrors implements MirrorControl {
     else offer.refuse(`this daemon knows no channel ${offer.name}`)
   }
 
-  #sessionOf(relation: Relation): Session | undefined {
-    for (const { session, address } of this.#sessions) if (relation.isPeer(session, address)) return session
-    return undefined
+  /** The one with the mirror's own address; or else `other`, or any: a peer may be there under several addresses, and dial us, too. */
+  #sessionOf(relation: Relation, other?: Session): Session | undefined {
+    let found = other
+    for (const { session, address } of this.#sessions) {
+      if (!relation.isPeer(session, address)) continue
+      if (address !== undefined && address === relation.record.address) return session
+      found ??= session
+    }
+    return found
   }
 
   // ---- what the other side asks for

@@ -83,6 +83,34 @@ describe('who the peer is', () => {
   })
 })
 
+describe('one peer under two addresses', () => {
+  it('each mirror has the session of its own address, and the other one while that is lost', async () => {
+    const pair = await opened({ datapath: 'portable', pool: SMALL_POOL })
+    const { one, two } = pair
+    const addresses = { first: pair.address, second: `localhost:${two.port}` }
+    const states = (): string[] =>
+      one.events.map(({ kind, object }) => `${object} ${kind}`).filter((text) => /degraded|insync/.test(text))
+    for (const [name, peer] of Object.entries(addresses)) {
+      await one.pool.createVolume({ name, size: SIZE })
+      await one.mirrors.add({ volume: name, peer, mode: 'sync', name: 'm' })
+      await one.reach(name, 'insync')
+    }
+    // Nothing happened to the first one meanwhile, and each of them has one session.
+    await new Promise((resolve) => setTimeout(resolve, 500))
+    expect(states()).toEqual(['first/m mirror.insync', 'second/m mirror.insync'])
+    expect((await one.mirrors.peers.list()).map(({ name, connected }) => [name, connected])).toEqual(
+      Object.values(addresses)
+        .sort()
+        .map((name) => [name, true]),
+    )
+    pair.relay.cut()
+    await until(() => states().length === 4, 'it is degraded and comes back')
+    expect(states().slice(2)).toEqual(['first/m mirror.degraded', 'first/m mirror.insync'])
+    await one.mirrors.remove('second')
+    expect(one.show('first').connected).toBe(true)
+  })
+})
+
 describe.each(DATAPATHS)('peers, %s', (datapath) => {
   /** What hardly depends on the datapath is tested with one. */
   const once = datapath === DATAPATHS.at(-1) ? it : undefined
