@@ -77,9 +77,11 @@ export const LIMITS = {
   linkConnectionWindowMax: 256 * MiB,
   /** Link: bytes sent on one channel that the peer's side of it has not consumed; what a receiver may have to keep. */
   linkChannelWindow: 4 * MiB,
-  /** Link: the windows of all channels that a peer may open in one session, together. */
-  linkSessionWindowMax: 1024 * MiB,
-  linkChannelsPerSession: 256,
+  /** Link: the windows that one side gives to all channels of a session, together. */
+  linkSessionWindowMax: 1536 * MiB,
+  /** Link: past so much of them a further channel gets the least window that works, so that many channels find room. */
+  linkSessionWindowAmple: 256 * MiB,
+  linkChannelsPerSession: 576,
   linkChannelNameBytesMax: 64,
   /** Link: sends and requests of one channel that wait for its window; whoever goes on without waiting gets an error. */
   linkSendsWaitingMax: 1024,
@@ -108,6 +110,8 @@ export const LIMITS = {
   /** Mirrors: generations that a volume remembers; further back nobody is recognised. */
   generationsKept: 16,
   mirrorsPerVolumeMax: 16,
+  /** Mirrors with one peer, in whichever roles: the channels of all of them find room in one session, and questions beside them. */
+  mirrorsPerPeerMax: 256,
   mirrorNameBytesMax: 64,
   /** Connections of a mirror that carry writes of its clients, one for each I/O thread of the primary. */
   mirrorLanesMax: 64,
@@ -173,6 +177,11 @@ assert(LIMITS.hotRegionsMax <= LIMITS.hotRegionsLimit)
 // A frame has to fit while a part of the window has not been acknowledged yet (link/window.ts).
 assert(LIMITS.linkConnectionWindow >= 4 * LIMITS.linkPayloadMax)
 assert(LIMITS.linkChannelWindow >= 2 * LIMITS.linkPayloadMax)
-assert(LIMITS.linkSessionWindowMax >= LIMITS.linkChannelWindow)
+assert(LIMITS.linkSessionWindowAmple >= LIMITS.linkChannelWindow)
+assert(
+  LIMITS.linkSessionWindowMax >=
+    LIMITS.linkSessionWindowAmple + LIMITS.linkChannelsPerSession * 2 * LIMITS.linkPayloadMax,
+)
+assert(LIMITS.linkChannelsPerSession >= 2 * LIMITS.mirrorsPerPeerMax + 64)
 assert(2 * LIMITS.mirrorTargetFlushMs < LIMITS.hotRegionCoolMs) // intents need not wait for what is not flushed there (mirror/nbd-remote.ts)
 assert(LIMITS.linkConnectionWindowMax < 2 ** 31) // windows are counted modulo 2^32

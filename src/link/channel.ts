@@ -46,7 +46,7 @@ export interface ChannelOptions {
   readonly bulk?: boolean
   /** In order, on one connection. Without, messages go over whichever connection has room. */
   readonly ordered?: boolean
-  /** Bytes that the peer may send us before they are consumed. */
+  /** Bytes that the peer may send us before they are consumed; less where the session has many channels. */
   readonly window?: number
 }
 

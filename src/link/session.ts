@@ -140,8 +140,8 @@ export class Session implements ChannelCarrier {
   open(name: string, params: unknown = null, options: ChannelOptions = {}): Promise<Channel> {
     if (this.#endReason !== undefined) return Promise.reject(this.#endReason)
     assert(Buffer.byteLength(name) <= LIMITS.linkChannelNameBytesMax, 'channel name')
-    const window = options.window ?? LIMITS.linkChannelWindow
-    if (!this.#mayGrant(window)) {
+    const window = this.#windowFor(options.window)
+    if (window === undefined) {
       return Promise.reject(
         new LinkError('OVERFLOW', `channel ${name}: too many channels, or too large ones`),
       )
@@ -333,14 +333,15 @@ export class Session implements ChannelCarrier {
     const offer: ChannelOffer = {
       name,
       params: fields.value('params'),
-      accept: ({ window = LIMITS.linkChannelWindow } = {}) => {
-        const channel = new Channel(this, id, name, options, window)
+      accept: ({ window: wanted } = {}) => {
+        const window = this.#windowFor(wanted)
+        const channel = new Channel(this, id, name, options, window ?? WINDOW_MIN)
         channel.opened(peerWindow)
         if (!answer()) {
           channel.fail(this.#endReason ?? new LinkError('CHANNEL_CLOSED', 'it was answered before'))
           return channel
         }
-        if (!this.#mayGrant(window)) {
+        if (window === undefined) {
           this.#refuse(id, 'too many channels, or too large ones')
           channel.fail(new LinkError('OVERFLOW', `channel ${name}: too many channels, or too large ones`))
           return channel
@@ -367,12 +368,12 @@ export class Session implements ChannelCarrier {
 
   // ---- channels
 
-  #mayGrant(window: number): boolean {
-    assert(window >= WINDOW_MIN && window < 2 ** 31, 'channel window')
-    return (
-      this.#channels.size < LIMITS.linkChannelsPerSession &&
-      this.#granted + window <= LIMITS.linkSessionWindowMax
-    )
+  /** @returns what a further channel gets; undefined where there is no room for one */
+  #windowFor(wanted: number = LIMITS.linkChannelWindow): number | undefined {
+    assert(wanted >= WINDOW_MIN && wanted < 2 ** 31, 'channel window')
+    if (this.#channels.size >= LIMITS.linkChannelsPerSession) return undefined
+    const window = this.#granted + wanted <= LIMITS.linkSessionWindowAmple ? wanted : WINDOW_MIN
+    return this.#granted + window <= LIMITS.linkSessionWindowMax ? window : undefined
   }
 
   #add(channel: Channel): void {

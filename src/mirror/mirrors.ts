@@ -150,6 +150,7 @@ export class Mirrors implements MirrorControl {
     links.dial(address)
     try {
       const session = await links.session(address)
+      this.#checkPeer(session)
       const name = options.name ?? uniqueName(session.peer.name)
       this.#checkName(volume, name)
       const relation = randomUUID()
@@ -348,6 +349,7 @@ export class Mirrors implements MirrorControl {
   }
 
   async #create(session: Session, body: Fields): Promise<Record<string, unknown>> {
+    this.#checkPeer(session)
     const name = body.text('volume', 1, LIMITS.volumeNameBytesMax)
     const size = body.integer('size', 1, Number.MAX_SAFE_INTEGER)
     const theirs = body.integer('unitBytes', LIMITS.chunkSizeMin, LIMITS.formatUnitBytesMax)
@@ -585,6 +587,17 @@ export class Mirrors implements MirrorControl {
       onLoss: options.onLoss ?? 'continue',
       rate: options.rate ?? null,
     }
+  }
+
+  /** Whether there may be a further mirror with it. @throws UserError */
+  #checkPeer(session: Session): void {
+    const known = [...this.#relations.values()].filter((relation) => relation.isPeer(session, undefined))
+    if (known.length < LIMITS.mirrorsPerPeerMax) return
+    const { name } = session.peer
+    throw new UserError(
+      'REFUSED',
+      `there are ${known.length} mirrors with ${name}, which is the most that one peer can have: remove one first`,
+    )
   }
 
   #checkName(volume: Volume, name: string): void {

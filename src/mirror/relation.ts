@@ -48,6 +48,7 @@ export class Relation {
   #context: ExtraContext | undefined
   readonly #secondaryStates: MirrorStates
   #told: PrimaryHello | undefined
+  #again: NodeJS.Timeout | undefined // after a refusal
   #committedAt: number | undefined
 
   constructor(host: RelationHost, volume: Volume, stored: StoredMirror) {
@@ -152,6 +153,10 @@ export class Relation {
   async connect(session: Session): Promise<void> {
     const primary = this.#primary
     if (primary === undefined || session.endReason !== undefined) return
+    clearTimeout(this.#again)
+    const again = (): void => {
+      if (this.#primary === primary && !primary.connected) void this.#reconnect()
+    }
     try {
       const remote = await LinkRemote.open(session, this.record.relation)
       if (this.#primary !== primary) {
@@ -160,14 +165,14 @@ export class Relation {
       }
       primary.attach(remote)
       remote.ended.then(() => {
-        const again = (): void => {
-          if (this.#primary === primary && !primary.connected) void this.#reconnect()
-        }
         setTimeout(again, LIMITS.mirrorRetryMsMin).unref()
       })
     } catch (error) {
       if (!(error instanceof RemoteError)) throw error
-      if (error.fate !== 'lost') primary.refused(error.message)
+      if (error.fate === 'lost') return
+      primary.refused(error.message)
+      // There may be room for its channels by then.
+      this.#again = setTimeout(again, LIMITS.mirrorRetryMsMax).unref()
     }
   }
 

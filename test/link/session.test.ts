@@ -4,7 +4,7 @@ import { LIMITS } from '../../src/base/limits.ts'
 import type { Channel, Message } from '../../src/link/channel.ts'
 import { LinkError, PeerError } from '../../src/link/errors.ts'
 import { FLAG, KIND, type Kind } from '../../src/link/frame.ts'
-import type { ChannelOffer } from '../../src/link/session.ts'
+import type { ChannelOffer, Session } from '../../src/link/session.ts'
 import { isPending, until, within } from '../support/poll.ts'
 import { Random } from '../support/random.ts'
 import { openPair, type Pair, type PairOptions } from './pair.ts'
@@ -276,9 +276,10 @@ describe('channels', () => {
         break
       }
     }
-    expect(open.length).toBe(
-      Math.min(LIMITS.linkChannelsPerSession, LIMITS.linkSessionWindowMax / LIMITS.linkChannelWindow),
-    )
+    expect(open.length).toBe(LIMITS.linkChannelsPerSession)
+    expect(open[0]?.window).toBe(LIMITS.linkChannelWindow)
+    const windows = open.reduce((sum, { window }) => sum + window, 0)
+    expect(windows).toBeLessThanOrEqual(LIMITS.linkSessionWindowMax)
     for (const channel of open) channel.close()
     await until(
       () => pair.serverSession.counters().channels === 0 && pair.clientSession.counters().channels === 0,
@@ -290,6 +291,30 @@ describe('channels', () => {
       channel.close()
     }
     await until(() => pair.serverSession.counters().channels === 0, 'all closed again')
+    await pair[Symbol.asyncDispose]()
+  })
+
+  it('of as many mirrors as one peer may have find room, and work, with questions beside them', async () => {
+    const onSession = (session: Session): void =>
+      session.onChannel((offer) => {
+        const channel = offer.accept(offer.name === 'mirror-data' ? { window: LIMITS.mirrorDataWindow } : {})
+        channel.onMessage((message) => channel.reply(message, 0, message.payload.subarray(0, 1)))
+      })
+    const pair = await openPair({ server: { onSession }, client: { onSession } })
+    const data = { bulk: true, ordered: false, window: LIMITS.mirrorDataWindow }
+    const open: Channel[] = []
+    for (let mirror = 0; mirror < LIMITS.mirrorsPerPeerMax; mirror++) {
+      open.push(await pair.clientSession.open('mirror'))
+      open.push(await pair.clientSession.open('mirror-data', null, data))
+    }
+    for (const session of [pair.clientSession, pair.serverSession]) {
+      for (let question = 0; question < 32; question++) open.push(await session.open('mirror-ask'))
+    }
+    // Also where a window is the least, and small messages before a large one are not acknowledged yet.
+    for (const channel of open.slice(-68, -64)) {
+      for (const length of [300_000, LIMITS.linkPayloadMax, 1, LIMITS.linkPayloadMax, LIMITS.linkPayloadMax])
+        expect((await channel.request(0, Buffer.alloc(length))).payload).toHaveLength(Math.min(1, length))
+    }
     await pair[Symbol.asyncDispose]()
   })
 
