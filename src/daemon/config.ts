@@ -7,6 +7,7 @@ import { hostname } from 'node:os'
 import { resolve } from 'node:path'
 import { messageOf, UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
+import { hasControlCharacters } from '../base/text.ts'
 import { parseLinkAddress } from '../link/address.ts'
 import type { SecurityOptions, TlsOptions } from '../link/security.ts'
 import { formatNbdUri } from '../nbd/uri.ts'
@@ -96,12 +97,15 @@ function resolveTls({ linkTlsCert, linkTlsKey, linkTlsCa }: ConfigValues): TlsOp
   )
 }
 
+/** Peers take as many bytes as a volume's name has; the daemon appends eight digits of its pool (daemon.ts). */
+const LINK_NAME_BYTES_MAX = LIMITS.volumeNameBytesMax - 9
+
 function checkLinkName(name: string): void {
   const bytes = Buffer.byteLength(name)
-  if (bytes >= 1 && bytes <= LIMITS.volumeNameBytesMax && !/\p{Cc}/u.test(name)) return
+  if (bytes >= 1 && bytes <= LINK_NAME_BYTES_MAX && !hasControlCharacters(name)) return
   throw new UserError(
     'USAGE',
-    `link-name has to be 1 to ${LIMITS.volumeNameBytesMax} bytes without control characters, not ${JSON.stringify(name)}`,
+    `link-name has to be 1 to ${LINK_NAME_BYTES_MAX} bytes without control characters, not ${JSON.stringify(name)}`,
   )
 }
 

@@ -7,6 +7,7 @@
  * told clearly which side has to be upgraded.
  */
 import { LIMITS } from '../base/limits.ts'
+import { hasControlCharacters } from '../base/text.ts'
 import { isLinkErrorCode, LinkError, peerText } from './errors.ts'
 import { PUBLIC_KEY_BYTES, SIGNATURE_BYTES } from './identity.ts'
 
@@ -215,7 +216,7 @@ export class Fields {
     if (length < lengthMin || length > lengthMax) {
       throw this.#bad(`${name} has ${length} bytes, ${lengthMin} to ${lengthMax} are allowed`)
     }
-    if (/[\p{C}\p{Zl}\p{Zp}]/u.test(value)) throw this.#bad(`${name} has control characters`)
+    if (hasControlCharacters(value)) throw this.#bad(`${name} has control characters`)
     return value
   }
 

@@ -5,6 +5,7 @@ import { messageOf, printable, StoreError, UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
 import { Mutex } from '../base/locks.ts'
 import { approximateSize } from '../base/sizes.ts'
+import { hasControlCharacters } from '../base/text.ts'
 import { Throttle } from '../base/throttle.ts'
 import type { Datapath, StoreLayout } from '../datapath/datapath.ts'
 import { openDatapath } from '../datapath/open.ts'
@@ -666,7 +667,7 @@ export function volumeNameProblem(name: string): string | undefined {
   if (Buffer.byteLength(name) > LIMITS.volumeNameBytesMax)
     return `is longer than ${LIMITS.volumeNameBytesMax} bytes`
   if (/[/@]/.test(name)) return 'contains / or @, which separate parts of a name'
-  if (/[\p{Cc}\p{Zl}\p{Zp}\p{Cs}]/u.test(name)) return 'contains control characters'
+  if (hasControlCharacters(name)) return 'contains control characters'
   if (name !== name.trim()) return 'begins or ends with white space'
   if (name === '.' || name === '..') return 'is not allowed'
   return undefined

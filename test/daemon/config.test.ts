@@ -85,8 +85,9 @@ describe('the configuration', () => {
   it.each([
     [{ link: 'here' }, /link "here" is not HOST:PORT/],
     [{ link: 'host:65536' }, /port from 0 to 65535/],
-    [{ linkName: 'a\u0007' }, /link-name has to be 1 to 255 bytes without control characters/],
-    [{ linkName: 'ü'.repeat(128) }, /link-name has to be 1 to 255 bytes/],
+    [{ linkName: 'a\u0007' }, /link-name has to be 1 to 246 bytes without control characters/],
+    [{ linkName: 'a\u2028' }, /link-name has to be 1 to 246 bytes without control characters/],
+    [{ linkName: 'ü'.repeat(124) }, /link-name has to be 1 to 246 bytes/],
     [{ linkTlsCert: 'c', linkTlsKey: 'k' }, /go together: link-tls-ca is missing$/],
     [{ linkTlsCa: 'c' }, /go together: link-tls-cert and link-tls-key are missing$/],
   ])('refuses %j for the link', (flags, message) => {

@@ -11,7 +11,9 @@ import {
   type Party,
   ServerHandshake,
 } from '../../src/link/handshake.ts'
+import { Fields } from '../../src/link/hello.ts'
 import { type Identity, newIdentity } from '../../src/link/identity.ts'
+import { volumeNameProblem } from '../../src/volume/pool.ts'
 
 const BINDING = Buffer.alloc(0)
 const destination: Destination = { purpose: 'test', session: undefined, connection: 0, connections: 2 }
@@ -333,6 +335,19 @@ describe('a message of the handshake', () => {
     expect(server.receive(frameOf({ step: 'send', kind: KIND.hello, payload: Buffer.from('{}') }))).toEqual(
       [],
     )
+  })
+
+  it('takes in its texts what a volume may be called, and nothing else', () => {
+    const joined = ['क्\u200dष', 'می\u200cخواهم', '👩\u200d💻', '\ue000', '\u0378']
+    for (const name of joined) {
+      expect(volumeNameProblem(name)).toBeUndefined()
+      expect(new Fields({ name }, 'it').text('name', 1, 255)).toBe(name)
+      expect(talk(party({ name }), party()).server.agreement?.peer.name).toBe(name)
+    }
+    for (const name of ['a\nb', 'a\u2028b', 'a\u2029b', 'a\u0085b', 'a\ud800b']) {
+      expect(volumeNameProblem(name)).toBe('contains control characters')
+      expect(() => new Fields({ name }, 'it').text('name', 1, 255)).toThrow(/control characters/)
+    }
   })
 
   it('cannot put control characters into a log', () => {

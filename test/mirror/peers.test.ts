@@ -83,6 +83,15 @@ describe('who the peer is', () => {
   })
 })
 
+it('a volume with any name that it can have is mirrored', async () => {
+  const pair = await opened({ datapath: 'portable', pool: SMALL_POOL })
+  const name = 'می\u200cخواهم 👩\u200d💻'
+  await pair.one.pool.createVolume({ name, size: SIZE })
+  await pair.one.mirrors.add({ volume: name, peer: pair.address, mode: 'sync' })
+  await pair.one.reach(name, 'insync')
+  expect(pair.two.show(name).target).toBe(name)
+})
+
 describe('one peer under two addresses', () => {
   it('each mirror has the session of its own address, and the other one while that is lost', async () => {
     const pair = await opened({ datapath: 'portable', pool: SMALL_POOL })
