@@ -38,7 +38,9 @@ export class NbdTargets {
     try {
       return await NbdRemote.open({ uri, size: volume.size, unitBytes, fill: volume.record.fill })
     } catch (error) {
-      if (!(error instanceof ProtocolError)) throw error
+      // UNREACHABLE would say that the operator's own daemon does not answer.
+      const absent = error instanceof UserError && error.code === 'UNREACHABLE'
+      if (!(absent || error instanceof ProtocolError)) throw error
       throw new UserError('FAILED', error.message, { cause: error })
     }
   }

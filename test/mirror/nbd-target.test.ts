@@ -494,7 +494,7 @@ describe('what is no target', () => {
       code: 'REFUSED',
       message: `${readOnly.uri}: the export is read-only`,
     })
-    await refused({ volume: 'data', peer: `${target.uri}x` }).toMatchObject({ code: 'UNREACHABLE' })
+    await refused({ volume: 'data', peer: `${target.uri}x` }).toMatchObject({ code: 'FAILED' })
     await refused({ volume: 'data', peer: 'nbd+unix:///?socket=here' }).toMatchObject({ code: 'USAGE' })
     await refused({ volume: 'data', peer: target.uri, target: 'copy' }).toMatchObject({ code: 'USAGE' })
     expect(one.mirrors.list()).toEqual([])
