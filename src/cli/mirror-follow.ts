@@ -2,7 +2,7 @@
 import { formatDuration } from '../base/durations.ts'
 import { UserError } from '../base/errors.ts'
 import { MIRROR_STATES, type MirrorState } from '../mirror/state.ts'
-import type { MirrorInfo } from '../mirror/types.ts'
+import type { MirrorInfo, VerifyResult } from '../mirror/types.ts'
 import { type Cli, interruption, pause } from './cli.ts'
 import { type Client, mirrorPath } from './client.ts'
 import { mirrorBar, mirrorLabel, mirrorStateText } from './mirror-text.ts'
@@ -31,6 +31,20 @@ export function reached(info: MirrorInfo, goal: Goal): boolean {
     throw new UserError('REFUSED', `mirror ${label} is ${info.mode} and never ${goal}: wait for ${other}`)
   }
   return false
+}
+
+/**
+ * Whether the comparison that was begun just now has ended.
+ * @param last the one before
+ * @throws UserError where it never will
+ */
+export function verified(info: MirrorInfo, last: VerifyResult | null): boolean {
+  const { verify, role } = info
+  if (verify === null) {
+    const why = role === 'primary' ? 'the role of this side changed' : `this side is the ${role} now`
+    throw new UserError('FAILED', `mirror ${mirrorLabel(info)}: the comparison did not end: ${why}`)
+  }
+  return verify.started !== last?.started && verify.ended !== null
 }
 
 const OPERATION: Record<MirrorInfo['mode'], MirrorState> = { sync: 'insync', async: 'cycling' }

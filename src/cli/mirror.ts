@@ -14,7 +14,7 @@ import type { MirrorInfo, VerifyResult } from '../mirror/types.ts'
 import { formatNbdUri, parseNbdUri } from '../nbd/uri.ts'
 import { type Cli, clientOf, type Globals, type Root } from './cli.ts'
 import { type Client, mirrorPath, volumePath } from './client.ts'
-import { follow, GOALS, reached } from './mirror-follow.ts'
+import { follow, GOALS, reached, verified } from './mirror-follow.ts'
 import {
   differenceLines,
   mirrorLabel,
@@ -321,8 +321,7 @@ function verifyCommand(group: Root, cli: Cli): void {
       const name = await nameOf(client, argv)
       const { verify: last } = await client.get<MirrorInfo>(mirrorPath(argv.volume, name))
       await client.post<MirrorInfo>(mirrorPath(argv.volume, name, '/verify'), { repair: argv.repair }, 0)
-      const done = ({ verify }: MirrorInfo) =>
-        verify !== null && verify.started !== last?.started && verify.ended !== null
+      const done = (info: MirrorInfo): boolean => verified(info, last)
       const { verify } = await follow(client, { volume: argv.volume, name }, { done }, cli)
       assert(verify !== null)
       report({ volume: argv.volume, name, ...verify }, cli)

@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest'
-import { type Goal, reached } from '../../src/cli/mirror-follow.ts'
+import { type Goal, reached, verified } from '../../src/cli/mirror-follow.ts'
 import type { MirrorInfo } from '../../src/mirror/types.ts'
 import { MIRROR } from '../support/mirror-sample.ts'
 
@@ -31,5 +31,25 @@ describe('waiting for a mirror', () => {
     expect(() => at('splitbrain', 'sync', 'operation')).toThrow(
       'fullstripe mirror resolve data site-b --discard local|remote',
     )
+  })
+})
+
+describe('waiting for a comparison', () => {
+  const { verify } = MIRROR
+  if (verify === null) throw new Error('the sample has one')
+  const later = { ...verify, started: '2026-01-02T05:00:00.000Z' }
+
+  it('ends with the one that was begun, not with the one before', () => {
+    expect(verified(MIRROR, null)).toBe(true)
+    expect(verified(MIRROR, verify)).toBe(false)
+    expect(verified({ ...MIRROR, verify: { ...later, ended: null } }, verify)).toBe(false)
+    expect(verified({ ...MIRROR, verify: later }, verify)).toBe(true)
+  })
+
+  it('ends with an error where the role changes meanwhile: nobody compares any more', () => {
+    expect(() => verified({ ...MIRROR, role: 'secondary', verify: null }, null)).toThrow(
+      'mirror data/site-b: the comparison did not end: this side is the secondary now',
+    )
+    expect(() => verified({ ...MIRROR, verify: null }, verify)).toThrow('the role of this side changed')
   })
 })
