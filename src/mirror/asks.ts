@@ -43,10 +43,13 @@ export function readAnswer<T>({ peer }: Session, read: () => T): T {
   }
 }
 
-/** Answers one question. `answer` @throws UserError, StoreError: the peer is told */
+/**
+ * Answers one question.
+ * @param answer gets what resolves when the peer has the answer, or the session is over; @throws UserError, StoreError: the peer is told
+ */
 export function answerAsk(
   offer: ChannelOffer,
-  answer: (kind: AskKind, body: Fields) => Promise<Record<string, unknown>>,
+  answer: (kind: AskKind, body: Fields, over: Promise<unknown>) => Promise<Record<string, unknown>>,
 ): void {
   const channel = offer.accept()
   channel.onMessage(async (message) => {
@@ -58,7 +61,7 @@ export function answerAsk(
     try {
       if (kind === undefined)
         throw new UserError('REFUSED', `this daemon does not know the question ${asked}`)
-      reply = channel.reply(message, 1, json(await answer(kind, body)))
+      reply = channel.reply(message, 1, json(await answer(kind, body, channel.ended)))
     } catch (error) {
       if (error instanceof UserError) reply = channel.replyError(message, error.code, error.message)
       else if (error instanceof StoreError) reply = channel.replyError(message, 'FAILED', error.message)

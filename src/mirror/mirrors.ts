@@ -150,6 +150,12 @@ export class Mirrors implements MirrorControl {
     links.dial(address)
     try {
       const session = await links.session(address)
+      if (session.peer.fingerprint === links.fingerprint) {
+        throw new UserError(
+          'REFUSED',
+          `${address} is this daemon itself (or one with a copy of its pool): a mirror is with another daemon`,
+        )
+      }
       this.#checkPeer(session)
       const name = options.name ?? uniqueName(session.peer.name)
       this.#checkName(volume, name)
@@ -299,7 +305,7 @@ export class Mirrors implements MirrorControl {
 
   #onOffer(session: Session, offer: ChannelOffer): void {
     if (offer.name === CHANNELS.ask) {
-      answerAsk(offer, (kind, body) => this.#answer(session, kind, body))
+      answerAsk(offer, (kind, body, over) => this.#answer(session, kind, body, over))
       return
     }
     const id = new Fields(offer.params, 'mirror').text('relation', 1, 64)
@@ -328,7 +334,12 @@ export class Mirrors implements MirrorControl {
 
   // ---- what the other side asks for
 
-  async #answer(session: Session, kind: AskKind, body: Fields): Promise<Record<string, unknown>> {
+  async #answer(
+    session: Session,
+    kind: AskKind,
+    body: Fields,
+    over: Promise<unknown>,
+  ): Promise<Record<string, unknown>> {
     if (kind === 'create') return this.#create(session, body)
     const id = body.text('relation', 1, 64)
     const relation = [...this.#relations.values()].find(({ record }) => record.relation === id)
@@ -337,7 +348,10 @@ export class Mirrors implements MirrorControl {
       throw new UserError('NOT_FOUND', 'there is no such mirror here')
     }
     if (kind === 'remove') {
+      const { address } = relation.record
       await this.#drop(relation)
+      // The answer goes over that session, perhaps.
+      if (address !== null) over.then(() => this.#links?.release(address))
       relation.tell('info', 'mirror.removed', `${session.peer.name} removed the mirror`)
     } else if (kind === 'yield') {
       await relation.yield()
@@ -406,7 +420,15 @@ export class Mirrors implements MirrorControl {
     const refuse = (why: string): never => {
       throw new UserError('REFUSED', `volume ${name} cannot be the secondary: ${why}`)
     }
-    if (volume.isSecondary) refuse('it is the secondary of another mirror')
+    if (volume.isSecondary) {
+      const [other] = this.#pool.mirrors.of(record.id)
+      const { name: mirror = '', peer } = other?.record ?? {}
+      refuse(
+        `it is the secondary of another mirror, ${name}/${mirror} of volume ${peer?.volume} of ${peer?.name}; ` +
+          `where nobody needs that one any more, end it at ${this.#options.link.name} with: ` +
+          `fullstripe mirror remove ${name} ${mirror} (or mirror promote)`,
+      )
+    }
     if (this.#pool.mirrors.of(record.id).length > 0) refuse('it has mirrors of its own')
     if (volume.size !== size) refuse(`it has ${formatSize(volume.size)} here and ${formatSize(size)} there`)
     if (record.fill !== fill) refuse(`its fill byte is ${record.fill} here and ${fill} there`)

@@ -2,6 +2,7 @@ import { rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { afterAll, afterEach, describe, expect, it, vi } from 'vitest'
 import { StoreError } from '../../src/base/errors.ts'
+import { Channel } from '../../src/link/channel.ts'
 import type { MirrorInit } from '../../src/mirror/types.ts'
 import { checkPool } from '../../src/volume/check.ts'
 import { temporaryDirectory } from '../support/daemon.ts'
@@ -90,6 +91,59 @@ it('a volume with any name that it can have is mirrored', async () => {
   await pair.one.mirrors.add({ volume: name, peer: pair.address, mode: 'sync' })
   await pair.one.reach(name, 'insync')
   expect(pair.two.show(name).target).toBe(name)
+})
+
+it('this daemon is no peer of its own', async () => {
+  const { one } = await opened({ datapath: 'portable', pool: SMALL_POOL })
+  await one.pool.createVolume({ name: 'data', size: SIZE })
+  for (const target of ['data', 'other']) {
+    await expect(
+      one.mirrors.add({ volume: 'data', peer: `127.0.0.1:${one.port}`, target }),
+    ).rejects.toMatchObject({ code: 'REFUSED', message: expect.stringMatching(/is this daemon itself/) })
+  }
+  expect(one.pool.volumes().map(({ name }) => name)).toEqual(['data'])
+  await until(async () => (await one.mirrors.peers.list()).every(({ connected }) => !connected), 'no session')
+})
+
+it('what the peer removes is not dialled any more, and the peer has the answer first', async () => {
+  const pair = await opened({ datapath: 'portable', pool: SMALL_POOL })
+  const { one, two } = pair
+  for (const name of ['data', 'other']) {
+    await one.pool.createVolume({ name, size: SIZE })
+    await one.mirrors.add({ volume: name, peer: pair.address, mode: 'sync' })
+    await one.reach(name, 'insync')
+  }
+  await two.mirrors.remove('data')
+  await two.restart() // it may have to be dialled for the other one
+  await one.reach('other', 'insync')
+  await two.mirrors.remove('other')
+  await until(async () => (await one.mirrors.peers.list()).every(({ connected }) => !connected), 'no session')
+  expect(one.mirrors.list()).toEqual([])
+  const told = two.events.filter(({ kind }) => kind === 'mirror.removed').map(({ message }) => message)
+  expect(told).toEqual(['the mirror is removed', 'the mirror is removed'])
+})
+
+it('a mirror whose answer was lost when it was added is told of over there: where, and how to end it', async () => {
+  const pair = await opened({ datapath: 'portable', pool: SMALL_POOL })
+  const { one, two } = pair
+  await one.pool.createVolume({ name: 'data', size: SIZE })
+  const add = (): Promise<unknown> => one.mirrors.add({ volume: 'data', peer: pair.address, mode: 'sync' })
+  const reply = vi.spyOn(Channel.prototype, 'reply').mockImplementationOnce(async () => pair.relay.cut())
+  await expect(add()).rejects.toThrow(/was not mirrored/)
+  reply.mockRestore()
+  const hint =
+    /^the peer says: .* secondary of another mirror, data\/(\S+) of volume data of (\S+); .* end it at (\S+) with: (.*) \(/
+  const found = hint.exec(String((await add().catch((error: Error) => error.message)) ?? ''))
+  const [mirror] = two.mirrors.list()
+  expect(found?.slice(1)).toEqual([
+    mirror?.name,
+    mirror?.peer,
+    expect.stringMatching(/^two-/),
+    `fullstripe mirror remove data ${mirror?.name}`,
+  ])
+  await two.mirrors.remove('data', found?.[1])
+  await add()
+  await one.reach('data', 'insync')
 })
 
 describe('one peer under two addresses', () => {
