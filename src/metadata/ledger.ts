@@ -72,7 +72,7 @@ export class Ledger {
   #checkpointing: Promise<void> | undefined
   #failure: StoreError | undefined
   #checkpointFailed = false
-  #retryAt = 0
+  #retryAt = 0 // of performance.now()
   #timer: NodeJS.Timeout
   #closed = false
 
@@ -219,7 +219,7 @@ export class Ledger {
       source.returnDirtyPages(pages)
       undo?.()
       if (isIoError(error)) throw this.#fail(error)
-      this.#retryAt = Date.now() + RETRY_MS
+      this.#retryAt = performance.now() + RETRY_MS
       if (!this.#checkpointFailed) this.#options.onTrouble('checkpoint', messageOf(error))
       this.#checkpointFailed = true
       throw error
@@ -246,7 +246,7 @@ export class Ledger {
       }
       const { journal, source } = this.#options
       if (!journal.hasRoom(changes.length) || source.dirtyPages() > DIRTY_PAGES_HARD) {
-        if (this.#checkpointFailed && Date.now() < this.#retryAt) {
+        if (this.#checkpointFailed && performance.now() < this.#retryAt) {
           this.#rejectQueued(
             new StoreError('NO_SPACE', 'metadata: the journal is full and LMDB takes no commit'),
           )
@@ -273,7 +273,7 @@ export class Ledger {
   }
 
   #wantCheckpoint(): void {
-    if (this.#checkpointing !== undefined || Date.now() < this.#retryAt || this.#closed) return
+    if (this.#checkpointing !== undefined || performance.now() < this.#retryAt || this.#closed) return
     this.checkpoint().catch(() => {}) // reported through onTrouble
   }
 

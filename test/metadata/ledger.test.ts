@@ -1,7 +1,7 @@
 import { mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { afterEach, beforeEach, describe, expect, it } from 'vitest'
+import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest'
 import { StoreError } from '../../src/base/errors.ts'
 import {
   CHANGE,
@@ -14,6 +14,7 @@ import { Ledger } from '../../src/metadata/ledger.ts'
 import { METADATA_VERSION, type MetadataPage, type PoolRecord } from '../../src/metadata/records.ts'
 import { MetadataStore } from '../../src/metadata/store.ts'
 import { VolumeTables } from '../../src/volume/tables.ts'
+import { until } from '../support/poll.ts'
 
 /** The ledger over a real LMDB, real journal files and real tables; only the sync of the members is the test's. */
 const pool: PoolRecord = {
@@ -205,6 +206,22 @@ describe('ledger', () => {
     failing = false
     await ledger.checkpoint()
     expect([storedTables().slotOf(1), storedTables().slotOf(2)]).toEqual([2, 3])
+  })
+
+  it('tries again by itself, also where the clock of the machine is set back meanwhile', async () => {
+    const commit = store.commit.bind(store)
+    store.commit = () => Promise.reject(new Error('disk full'))
+    await format(1)
+    vi.useFakeTimers({ toFake: ['Date'] })
+    try {
+      await expect(ledger.checkpoint()).rejects.toThrow('disk full')
+      vi.setSystemTime(Date.now() - 3_600_000)
+      store.commit = commit
+      await until(() => store.checkpoint() === 1, 'a checkpoint')
+    } finally {
+      vi.useRealTimers()
+    }
+    expect(storedTables().slotOf(1)).toBe(2)
   })
 
   it('never promises anything again after a failed sync', async () => {
