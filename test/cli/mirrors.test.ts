@@ -81,6 +81,11 @@ describe('a mirror on the command line', () => {
     expect(await said(north, 'mirror', 'list')).toMatch(/^no mirrors; add one with: /)
     expect(failure(await run(north, 'mirror', 'add', 'none', address)).code).toBe(1)
     expect(failure(await run(north, 'mirror', 'add', 'data', 'nowhere')).code).toBe(2)
+    // 3 would say that the daemon here does not answer.
+    const nobody = await Promise.all(
+      ['127.0.0.1:1', 'nbd://127.0.0.1:1'].map((peer) => run(north, 'mirror', 'add', 'data', peer)),
+    )
+    expect(nobody.map((result) => failure(result).code)).toEqual([1, 1])
     expect(await json<MirrorInfo[]>(north, 'mirror', 'list')).toEqual([])
   })
 
