@@ -241,16 +241,11 @@ export class Mirrors implements MirrorControl {
 
   async resolve(volume: string, name: string | undefined, discard: 'local' | 'remote'): Promise<MirrorInfo> {
     const relation = this.#find(volume, name)
-    if (!relation.isPrimary || relation.state !== 'splitbrain') {
-      throw new UserError(
-        'REFUSED',
-        `mirror ${relation.object} is ${relation.state}: there is no split brain to settle`,
-      )
-    }
     if (discard === 'local') {
-      await relation.yield()
+      await relation.discard()
       await relation.ask('retry').catch(userFailure) // it comes by itself when it connects again
     } else {
+      relation.checkSplit()
       await relation.ask('yield')
       relation.retry()
     }

@@ -2,6 +2,7 @@ import { randomUUID } from 'node:crypto'
 import { Bitmap } from '../base/bitmap.ts'
 import { UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
+import { Mutex } from '../base/locks.ts'
 import type { Channel } from '../link/channel.ts'
 import { LinkError } from '../link/errors.ts'
 import type { Session } from '../link/session.ts'
@@ -23,6 +24,7 @@ import type { CopyExtent, MirrorInfo, MirrorSide } from './types.ts'
  *   secondary --promote--> primary --demote (planned), yield (split brain)--> secondary
  *
  * Crash rule: a change of role is one transaction: role, generation, who may write, and which units count as changed.
+ * Concurrency rule: changes of role, and the end of the mirror, come one at a time; each looks again at what the one before it left.
  */
 type Level = 'info' | 'warn' | 'error'
 
@@ -50,6 +52,7 @@ export class Relation {
   #told: PrimaryHello | undefined
   #again: NodeJS.Timeout | undefined // after a refusal
   #committedAt: number | undefined
+  readonly #roles = new Mutex()
 
   constructor(host: RelationHost, volume: Volume, stored: StoredMirror) {
     this.#host = host
@@ -196,6 +199,39 @@ export class Relation {
 
   /** @throws UserError BUSY, REFUSED */
   async promote(force: boolean): Promise<void> {
+    await this.#roles.run(() => this.#promote(force))
+    const session = this.#host.session(this)
+    if (session !== undefined) await this.connect(session)
+  }
+
+  /** @throws UserError BUSY, REFUSED */
+  demote(force: boolean): Promise<void> {
+    return this.#roles.run(() => this.#demote(force))
+  }
+
+  /** The peer's operator discards this side. @throws UserError REFUSED */
+  yield(): Promise<void> {
+    return this.#roles.run(() => this.#yield())
+  }
+
+  /** The operator discards this side. @throws UserError REFUSED */
+  discard(): Promise<void> {
+    return this.#roles.run(() => {
+      this.checkSplit()
+      return this.#yield()
+    })
+  }
+
+  /** @throws UserError REFUSED */
+  checkSplit(): void {
+    if (this.isPrimary && this.state === 'splitbrain') return
+    throw new UserError(
+      'REFUSED',
+      `mirror ${this.object} is ${this.state}: there is no split brain to settle`,
+    )
+  }
+
+  async #promote(force: boolean): Promise<void> {
     const { record } = this
     if (this.isPrimary) throw new UserError('BUSY', `mirror ${this.object}: this side is primary already`)
     if (this.#secondary.connected && this.state !== 'promoted' && !force) {
@@ -213,14 +249,11 @@ export class Relation {
     // A primary that comes back meanwhile is answered when this side is one, too.
     const current = await this.#secondary.apart('this side was promoted', () => this.#becomePrimary())
     this.tell('info', 'mirror.promoted', `this side is primary, generation ${current}`)
-    const session = this.#host.session(this)
-    if (session !== undefined) await this.connect(session)
   }
 
-  /** @returns the new generation. @throws UserError BUSY; StoreError */
+  /** @returns the new generation. @throws StoreError */
   async #becomePrimary(): Promise<string> {
     const { record, volume } = this
-    if (this.isPrimary) throw new UserError('BUSY', `mirror ${this.object}: this side is primary already`)
     const bits = this.#secondary.differing()
     const before = volume.record.generation
     const generation: GenerationRecord = {
@@ -239,8 +272,7 @@ export class Relation {
     return generation.current
   }
 
-  /** @throws UserError BUSY, REFUSED */
-  async demote(force: boolean): Promise<void> {
+  async #demote(force: boolean): Promise<void> {
     const primary = this.#primary
     if (primary === undefined)
       throw new UserError('BUSY', `mirror ${this.object}: this side is secondary already`)
@@ -270,8 +302,8 @@ export class Relation {
     this.tell('info', 'mirror.demoted', 'this side is secondary: promote the other one')
   }
 
-  /** This side's changes since the common generation are thrown away by what the other side sends. @throws UserError */
-  async yield(): Promise<void> {
+  /** This side's changes since the common generation are thrown away by what the other side sends. */
+  async #yield(): Promise<void> {
     const primary = this.#primary
     if (primary === undefined) return
     this.#checkOnlyMirror()

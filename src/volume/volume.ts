@@ -336,8 +336,9 @@ export class Volume {
   async becomeThin(): Promise<void> {
     if (this.#record.provision === 'thin') return
     await this.pauseFormatter()
-    await this.quiesce(async () => {
-      const { runs } = this.#record
+    const changed = await this.quiesce(async () => {
+      const { runs, provision } = this.#record
+      if (provision === 'thin') return false // by another one that waited here, too
       let undo = (): void => {}
       await this.storeWith(
         { provision: 'thin', runs: [], formatter: { state: 'idle', rate: null } },
@@ -349,7 +350,9 @@ export class Volume {
       )
       this.#host.unreserveUnused(runs, this.#tables)
       this.#policy.setProvision('thin')
+      return true
     })
+    if (!changed) return
     const text =
       'it reserves nothing any more: what comes from the other side of its mirror takes slots as it comes'
     this.#host.event('warn', 'volume.thin', this.name, text)

@@ -1,0 +1,91 @@
+import { afterEach, describe, expect, it } from 'vitest'
+import type { MirrorAddOptions } from '../../src/mirror/types.ts'
+import { Pair, type Side } from '../support/mirror-pair.ts'
+import { until } from '../support/poll.ts'
+import { SMALL_POOL } from './versions.ts'
+
+/** Changes of role that meet each other, fail half-way, or meet a side that was set back: nothing is lost unseen, and all can be settled. */
+const SIZE = 64 * 4096
+const BLOCK = 4096
+
+const pairs: Pair[] = []
+afterEach(async () => {
+  await Promise.all(pairs.splice(0).map((pair) => pair.close()))
+})
+
+async function mirrored(
+  options: Partial<MirrorAddOptions> = {},
+  volume: { provision?: 'thin' | 'thick' } = {},
+) {
+  const pair = await Pair.open({ datapath: 'portable', pool: SMALL_POOL })
+  pairs.push(pair)
+  await pair.one.pool.createVolume({ name: 'data', size: SIZE, ...volume })
+  for (let at = 0; at < SIZE; at += BLOCK) await write(pair.one, at, 1)
+  await pair.one.mirrors.add({ volume: 'data', peer: pair.address, intervalMs: 20, ...options })
+  await settled(pair.one)
+  return pair
+}
+
+/** As a client does. @returns errno */
+function write(side: Side, offset: number, byte: number): Promise<number> {
+  return side.pool.volume('data').submit('write', offset, BLOCK, 0, Buffer.alloc(BLOCK, byte))
+}
+
+async function settled(side: Side): Promise<void> {
+  const { mode } = side.show('data')
+  const done = (): boolean => {
+    const { state, lag, connected } = side.show('data')
+    return connected && lag.bytes === 0 && state === (mode === 'sync' ? 'insync' : 'cycling')
+  }
+  await until(done, 'nothing is lacking')
+}
+
+async function equal({ one, two }: Pair): Promise<void> {
+  expect((await two.content('data')).equals(await one.content('data'))).toBe(true)
+}
+
+async function part({ one, two, relay }: Pair): Promise<void> {
+  relay.onConnect = 'reset'
+  relay.cut()
+  await until(() => !two.show('data').connected && !one.show('data').connected, 'it is noticed')
+}
+
+/** Both are primary, and know. */
+async function split(pair: Pair): Promise<void> {
+  await part(pair)
+  await pair.two.mirrors.promote('data')
+  pair.relay.onConnect = 'forward'
+  await pair.one.reach('data', 'splitbrain')
+  await pair.two.reach('data', 'splitbrain')
+}
+
+describe('changes of role', () => {
+  it('two at once: the second looks at what the first has left', async () => {
+    const pair = await mirrored({}, { provision: 'thick' })
+    const { one, two } = pair
+    await split(pair)
+    await write(two, 0, 2)
+    const resolve = () => one.mirrors.resolve('data', undefined, 'local')
+    const [first, second] = await Promise.allSettled([resolve(), resolve()])
+    expect(first).toMatchObject({ status: 'fulfilled', value: { role: 'secondary' } })
+    expect(second).toMatchObject({ status: 'rejected', reason: { code: 'REFUSED' } })
+    await settled(two)
+    await equal(pair)
+    const demote = () => two.mirrors.demote('data')
+    const demoted = await Promise.allSettled([demote(), demote()])
+    expect(demoted).toMatchObject([{ status: 'fulfilled' }, { reason: { code: 'BUSY' } }])
+    const promote = () => one.mirrors.promote('data')
+    const promoted = await Promise.allSettled([promote(), promote()])
+    expect(promoted).toMatchObject([{ status: 'fulfilled' }, { reason: { code: 'BUSY' } }])
+    await settled(one)
+    expect(one.show('data').local.history).toHaveLength(2)
+  })
+
+  it('a volume gives up what it has reserved once', async () => {
+    const pair = await mirrored({}, { provision: 'thick' })
+    const volume = pair.one.pool.volume('data')
+    await Promise.all([volume.becomeThin(), volume.becomeThin()])
+    expect(volume.record.provision).toBe('thin')
+    expect(await write(pair.one, 0, 2)).toBe(0)
+  })
+})
