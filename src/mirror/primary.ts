@@ -302,12 +302,17 @@ export class Primary implements ChangeWatcher {
     this.#notes.stop()
   }
 
-  /** The end of the mirror: changes are noted no longer. */
-  async close(reason: string): Promise<void> {
+  /** Whoever waits for the secondary fails: what it has written is about to be thrown away. While the run does nothing. */
+  failBlocked(error: StoreError): void {
+    this.#forwarder.unblock(error)
+  }
+
+  /** The end of the mirror: changes are noted no longer. @param error of those who wait for the secondary still; none: this side's copy will do */
+  async close(reason: string, error?: StoreError): Promise<void> {
     this.#host.volume.unwatch(this)
     this.#closed = true
     this.#stopFollowing()
-    this.#forwarder.unblock()
+    this.#forwarder.unblock(error)
     this.#again(reason)
     this.#remote?.close(reason)
     await this.#run

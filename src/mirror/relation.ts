@@ -1,6 +1,6 @@
 import { randomUUID } from 'node:crypto'
 import { Bitmap } from '../base/bitmap.ts'
-import { UserError } from '../base/errors.ts'
+import { StoreError, UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
 import { Mutex } from '../base/locks.ts'
 import type { Channel } from '../link/channel.ts'
@@ -294,10 +294,12 @@ export class Relation {
         { role: 'secondary' },
         { bits: new Bitmap(this.stored.map.unitCount), volume: { secondaryOf: this.record.id } },
       )
-    if (primary.connected || !force) await primary.handOver(store)
-    else await this.#giveUp(primary)
+    const discards = force && !primary.connected
+    const reason = 'this side was demoted'
+    if (discards) await this.#giveUp(primary, reason)
+    else await primary.handOver(store)
     this.#endPrimary()
-    await primary.close('this side was demoted')
+    await primary.close(reason, discards ? thrownAway(reason) : undefined)
     this.#secondaryStates.follow('promoted', 'this side gave up being primary: promote the other one')
     this.tell('info', 'mirror.demoted', 'this side is secondary: promote the other one')
   }
@@ -308,21 +310,24 @@ export class Relation {
     if (primary === undefined) return
     this.#checkOnlyMirror()
     await this.volume.becomeThin()
-    await primary.stop('this side is discarded')
-    await this.#giveUp(primary)
+    const reason = 'this side is discarded'
+    await this.#giveUp(primary, reason)
     this.#endPrimary()
-    await primary.close('this side is discarded')
+    await primary.close(reason, thrownAway(reason))
     this.#secondaryStates.follow('connecting')
     this.tell('warn', 'mirror.discarded', 'this side is secondary: what it had changed is replaced')
   }
 
   /** The changed units stay noted: the next primary asks for them, and sends them. */
-  async #giveUp(primary: Primary): Promise<void> {
+  async #giveUp(primary: Primary, reason: string): Promise<void> {
+    await primary.stop(reason)
     const { base, id } = this.record
     const before = this.volume.record.generation
     const history = [before?.current ?? base, ...(before?.history ?? [])].filter((known) => known !== base)
-    await this.volume.quiesce(() =>
-      this.#host.book.save(
+    await this.volume.quiesce(async () => {
+      // Before it is stored: from then on the other side may replace what they wrote.
+      primary.failBlocked(thrownAway(reason))
+      await this.#host.book.save(
         id,
         { role: 'secondary' },
         {
@@ -332,8 +337,8 @@ export class Relation {
             generation: { current: base, history: history.slice(0, LIMITS.generationsKept) },
           },
         },
-      ),
-    )
+      )
+    })
   }
 
   #checkOnlyMirror(): void {
@@ -550,4 +555,9 @@ export class Relation {
     const follows = this.#secondaryStates.state === 'insync'
     return { bytes: 0, seconds: follows ? 0 : at === undefined ? null : (performance.now() - at) / 1000 }
   }
+}
+
+/** Of writes that wait for a secondary that will not have them. */
+function thrownAway(reason: string): StoreError {
+  return new StoreError('SHUTTING_DOWN', `the other side does not have it: ${reason}`)
 }

@@ -1,7 +1,9 @@
+import { setTimeout as sleep } from 'node:timers/promises'
 import { afterEach, describe, expect, it } from 'vitest'
 import type { MirrorAddOptions } from '../../src/mirror/types.ts'
+import { NBD_ERRNO } from '../../src/nbd/errno.ts'
 import { Pair, type Side } from '../support/mirror-pair.ts'
-import { until } from '../support/poll.ts'
+import { isPending, until } from '../support/poll.ts'
 import { SMALL_POOL } from './versions.ts'
 
 /** Changes of role that meet each other, fail half-way, or meet a side that was set back: nothing is lost unseen, and all can be settled. */
@@ -88,4 +90,42 @@ describe('changes of role', () => {
     expect(volume.record.provision).toBe('thin')
     expect(await write(pair.one, 0, 2)).toBe(0)
   })
+
+  it.each(['resolve --discard local', 'demote --force'] as const)(
+    'writes that wait for the secondary fail where they are thrown away: %s',
+    async (how) => {
+      const pair = await mirrored({ mode: 'sync', onLoss: 'block' })
+      const { one, two } = pair
+      if (how === 'demote --force') await part(pair)
+      else await split(pair)
+      const writing = write(one, 0, 2)
+      await until(() => one.show('data').lag.bytes > 0, 'it is done here')
+      expect(await isPending(writing)).toBe(true)
+      // Before the role is stored: nobody may be told of success from then on.
+      let told: number | undefined
+      writing.then((errno) => {
+        told = errno
+      })
+      const save = one.pool.mirrors.save.bind(one.pool.mirrors)
+      let before: number | undefined
+      one.pool.mirrors.save = async (id, change, also) => {
+        if (change.role === 'secondary') {
+          await sleep(50)
+          before = told
+        }
+        return save(id, change, also)
+      }
+      if (how === 'demote --force') await one.mirrors.demote('data', undefined, { force: true })
+      else await one.mirrors.resolve('data', undefined, 'local')
+      expect(before).toBe(NBD_ERRNO.ESHUTDOWN)
+      if (how === 'demote --force') {
+        pair.relay.onConnect = 'forward'
+        await two.mirrors.promote('data')
+      }
+      await two.mirrors.change('data', undefined, { onLoss: 'continue' })
+      await settled(two)
+      await equal(pair)
+      expect((await one.content('data'))[0]).toBe(1)
+    },
+  )
 })
