@@ -290,6 +290,12 @@ export class Primary implements ChangeWatcher {
     await this.#halt(reason)
   }
 
+  /** After `stop`, where nothing came of it. */
+  proceed(reason: string): void {
+    this.#suspended = false
+    this.#again(reason)
+  }
+
   /** No session any more; changes are still noted, until the pool is closed. */
   async disconnect(reason: string): Promise<void> {
     // In this order: whoever waits for the secondary did not get what it was promised.

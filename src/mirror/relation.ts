@@ -321,6 +321,16 @@ export class Relation {
   /** The changed units stay noted: the next primary asks for them, and sends them. */
   async #giveUp(primary: Primary, reason: string): Promise<void> {
     await primary.stop(reason)
+    let stored = false
+    try {
+      await this.#storeGiven(primary, reason)
+      stored = true
+    } finally {
+      if (!stored) primary.proceed(`not stored: ${reason}`)
+    }
+  }
+
+  async #storeGiven(primary: Primary, reason: string): Promise<void> {
     const { base, id } = this.record
     const before = this.volume.record.generation
     const history = [before?.current ?? base, ...(before?.history ?? [])].filter((known) => known !== base)

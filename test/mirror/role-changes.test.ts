@@ -1,5 +1,6 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { afterEach, describe, expect, it } from 'vitest'
+import { StoreError } from '../../src/base/errors.ts'
 import type { MirrorAddOptions } from '../../src/mirror/types.ts'
 import { NBD_ERRNO } from '../../src/nbd/errno.ts'
 import { Pair, type Side } from '../support/mirror-pair.ts'
@@ -128,4 +129,21 @@ describe('changes of role', () => {
       expect((await one.content('data'))[0]).toBe(1)
     },
   )
+
+  it('what could not be stored changes nothing: the mirror goes on', async () => {
+    const pair = await mirrored()
+    const { one, two } = pair
+    await split(pair)
+    await write(one, 0, 2)
+    const { mirrors } = one.pool
+    const save = mirrors.save.bind(mirrors)
+    mirrors.save = () => Promise.reject(new StoreError('NO_SPACE', 'metadata: disk full'))
+    await expect(one.mirrors.resolve('data', undefined, 'local')).rejects.toThrow('disk full')
+    mirrors.save = save
+    expect(one.show('data').role).toBe('primary')
+    await two.mirrors.resolve('data', undefined, 'local')
+    await settled(one)
+    await equal(pair)
+    expect((await two.content('data'))[0]).toBe(2)
+  })
 })
