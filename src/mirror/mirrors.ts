@@ -496,15 +496,12 @@ export class Mirrors implements MirrorControl {
   }
 
   async #drop(relation: Relation): Promise<void> {
-    const { id, role, relation: uuid } = relation.record
-    await relation.close('the mirror is removed')
-    await this.#targets.end(id, 'the mirror is removed')
-    try {
-      await this.#pool.mirrors.remove(id, role === 'secondary' ? { secondaryOf: undefined } : {})
-    } catch (error) {
-      relation.reopen()
-      throw error
-    }
+    const { id, relation: uuid } = relation.record
+    const reason = 'the mirror is removed'
+    await relation.end(reason, () =>
+      this.#pool.mirrors.remove(id, relation.isPrimary ? {} : { secondaryOf: undefined }),
+    )
+    await this.#targets.end(id, reason)
     this.#relations.delete(id)
     await relation.volume.releaseIntents(needOf(uuid))
   }

@@ -359,6 +359,8 @@ export class Primary implements ChangeWatcher {
           }
           if (error.fate === 'splitbrain') this.#enter('splitbrain', reason)
           else this.#enter(this.#idleState(), reason)
+        } else if (error instanceof UserError && error.code === 'NOT_FOUND') {
+          // The mirror is being removed.
         } else if (error instanceof StoreError || error instanceof UserError) {
           this.#enter(this.#idleState(), reason)
           this.#host.onTrouble('mirror.failed', reason)

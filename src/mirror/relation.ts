@@ -117,17 +117,26 @@ export class Relation {
     await this.#secondary.close(reason)
   }
 
-  /** The mirror ends. */
+  /** The mirror ends when `store` has said so on the disk: until then changes are noted, and no client may write to a secondary. */
+  end(reason: string, store: () => Promise<void>): Promise<void> {
+    return this.#roles.run(async () => {
+      if (!this.isPrimary) await this.#secondary.close(reason)
+      try {
+        await store()
+      } catch (error) {
+        this.#secondary.reopen()
+        throw error
+      }
+      await this.close(reason)
+    })
+  }
+
+  /** What runs for the mirror ends. */
   async close(reason: string): Promise<void> {
     const primary = this.#primary
     this.#endPrimary()
     await primary?.close(reason)
     await this.#secondary.close(reason)
-  }
-
-  /** It was closed to be removed, and that could not be stored: a secondary goes on. */
-  reopen(): void {
-    this.#secondary.reopen()
   }
 
   // ---- sessions

@@ -146,4 +146,54 @@ describe('changes of role', () => {
     await equal(pair)
     expect((await two.content('data'))[0]).toBe(2)
   })
+
+  it('what a removal that failed leaves is a mirror: changes are noted, the session comes again', async () => {
+    const pair = await mirrored()
+    const { one, two } = pair
+    await part(pair)
+    const undo = [one, two].map((side) => {
+      const { mirrors } = side.pool
+      const remove = mirrors.remove.bind(mirrors)
+      mirrors.remove = () => Promise.reject(new StoreError('NO_SPACE', 'metadata: disk full'))
+      return () => {
+        mirrors.remove = remove
+      }
+    })
+    await expect(one.mirrors.remove('data')).rejects.toThrow('disk full')
+    await write(one, 0, 2)
+    expect(one.show('data').lag.bytes).toBe(BLOCK)
+    await expect(two.mirrors.remove('data')).rejects.toThrow('disk full')
+    expect(two.pool.volume('data').readOnly).toBe(true)
+    await one.restart()
+    pair.relay.onConnect = 'forward'
+    await settled(one)
+    await equal(pair)
+    expect((await two.content('data'))[0]).toBe(2)
+    for (const step of undo) step()
+  })
+
+  it('a removal while writes come, and are sent, ends nothing else', async () => {
+    const pair = await mirrored()
+    const { one } = pair
+    let going = true
+    const writing = (async () => {
+      for (let n = 0; going; n++) {
+        expect(await write(one, (n % 60) * BLOCK, n % 256)).toBe(0)
+        await sleep(1)
+      }
+    })()
+    for (let round = 0; round < 4; round++) {
+      one.events.length = 0
+      await one.mirrors.remove('data')
+      const kinds = one.events.map(({ kind }) => kind)
+      expect(kinds).toContain('mirror.removed')
+      expect(kinds).not.toContain('mirror.failed')
+      await one.mirrors.add({ volume: 'data', peer: pair.address, intervalMs: 20 })
+      await until(() => one.show('data').state === 'cycling', 'it cycles')
+    }
+    going = false
+    await writing
+    await settled(one)
+    await equal(pair)
+  })
 })
