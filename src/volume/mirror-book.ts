@@ -16,7 +16,8 @@ import type { Commit } from '../metadata/store.ts'
  *     other.
  *  2. Changes of bits keep the order in which they were asked for, those of `save` included: it waits for the ones before it,
  *     and the ones after it wait for it. Otherwise a bit that was cleared earlier could clear one that `save` sets later.
- *  3. Nothing is stored of a mirror after the transaction that drops it: whoever drops it waits for its saves, and refuses more.
+ *  3. A volume is the secondary of one mirror and has no other, or is the primary of all.
+ *  4. Nothing is stored of a mirror after the transaction that drops it: whoever drops it waits for its saves, and refuses more.
  */
 export interface StoredMirror {
   /** The stored one; another object after each `save`. */
@@ -107,7 +108,7 @@ export class MirrorBook {
   /**
    * @param make the record, given its id
    * @param also changes the volume's record in the same transaction, given the id too
-   * @throws UserError EXISTS, NOT_FOUND; StoreError
+   * @throws UserError EXISTS, NOT_FOUND, REFUSED; StoreError
    */
   add(
     make: (id: number) => MirrorRecord,
@@ -128,6 +129,7 @@ export class MirrorBook {
       await volume.storeWith(
         also(id),
         ({ size }) => {
+          this.#checkRoles(record, volume.name)
           // Here, not later: a resize of the volume that comes next has to find the map.
           entry = new Entry(record, new CopyMap(id, copyUnitsOf(size, record.unitBytes)))
           this.#entries.set(id, entry)
@@ -140,7 +142,7 @@ export class MirrorBook {
     })
   }
 
-  /** Changes the record, and what `also` says in the same transaction. @throws UserError NOT_FOUND; StoreError */
+  /** Changes the record, and what `also` says in the same transaction. @throws UserError NOT_FOUND, REFUSED; StoreError */
   save(id: number, change: Partial<MirrorRecord>, { bits, volume, prepare }: SaveAlso = {}): Promise<void> {
     const entry = this.#entries.get(id)
     if (entry === undefined || entry.gone) return Promise.reject(unknown(id))
@@ -168,6 +170,7 @@ export class MirrorBook {
     const commit: Commit = { putMirrors: [record] }
     const undo: (() => void)[] = []
     const prepare = (): Commit => {
+      if (record.role !== entry.record.role) this.#checkRoles(record, this.#volume(record).name)
       if (change !== undefined) undo.push(change()) // first: where it throws, nothing has to be taken back
       if (bits !== undefined) undo.push(entry.map.setAll(bits))
       return commit
@@ -246,7 +249,7 @@ export class MirrorBook {
 
   async #leave(entries: readonly Entry[]): Promise<Leaving> {
     for (const entry of entries) entry.gone = true
-    for (const entry of entries) await entry.saving.run(() => {}) // rule 3: those that were asked for before
+    for (const entry of entries) await entry.saving.run(() => {}) // rule 4: those that were asked for before
     return {
       drop: () => {
         for (const { record } of entries) this.#entries.delete(record.id) // no later checkpoint stores a page of it
@@ -259,6 +262,20 @@ export class MirrorBook {
         for (const entry of entries) entry.gone = false
       },
     }
+  }
+
+  /** In the turn in which it is stored: nothing comes between. */
+  #checkRoles({ id, role, volume }: MirrorRecord, name: string): void {
+    const others = this.of(volume).filter(({ record }) => record.id !== id)
+    if (role === 'primary' && others.every(({ record }) => record.role === 'primary')) return
+    if (role === 'secondary' && others.length === 0) return
+    const names = others.map(({ record }) => record.name).join(', ')
+    throw new UserError(
+      'REFUSED',
+      role === 'primary'
+        ? `volume ${name} is the secondary of mirror ${names}: mirror it from its primary`
+        : `volume ${name} has other mirrors (${names}): it cannot be a secondary`,
+    )
   }
 
   #changed(entry: Entry, change: Partial<MirrorRecord>): MirrorRecord {

@@ -196,4 +196,33 @@ describe('changes of role', () => {
     await settled(one)
     await equal(pair)
   })
+
+  it('a mirror that is being added while the volume becomes a secondary is refused', async () => {
+    const pair = await mirrored()
+    const { one, two } = pair
+    const other = await Pair.open({ datapath: 'portable', pool: SMALL_POOL })
+    pairs.push(other)
+    const three = other.two
+    const create = three.pool.createVolume.bind(three.pool)
+    let go = (): void => {}
+    let asked = false
+    three.pool.createVolume = async (options) => {
+      asked = true
+      await new Promise<void>((resolve) => {
+        go = resolve
+      })
+      return create(options)
+    }
+    const adding = one.mirrors.add({ volume: 'data', peer: other.address, name: 'three' })
+    adding.catch(() => {})
+    await until(() => asked, 'it is asked over there')
+    await one.mirrors.demote('data')
+    go()
+    await expect(adding).rejects.toThrow(/is the secondary of mirror/)
+    expect(one.mirrors.list()).toHaveLength(1)
+    expect(three.mirrors.list()).toEqual([])
+    await two.mirrors.promote('data')
+    await settled(two)
+    await equal(pair)
+  })
 })

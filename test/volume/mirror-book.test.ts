@@ -138,7 +138,7 @@ describe('the mirrors of a pool', () => {
     await start()
     const generation = { current: 'generation-1', history: ['generation-0'] }
     const far = await book().add(make(), (id) => ({ generation, secondaryOf: id }))
-    const near = await book().add(make({ name: 'near', role: 'secondary', unitBytes: 2 * UNIT }))
+    const near = await book().add(make({ name: 'near', unitBytes: 2 * UNIT }))
     expect(near.record.id).not.toBe(far.record.id)
     expect([far.map.unitCount, near.map.unitCount]).toEqual([UNITS, UNITS / 2])
     await book().record(far.record.id, [set(3), set(5, 4), clear(6)])
@@ -185,7 +185,10 @@ describe('the mirrors of a pool', () => {
     const primary = (await book().add(make())).record.id
     const coarse = (await book().add(make({ name: 'coarse', unitBytes: 3 * UNIT }))).record.id
     const fine = (await book().add(make({ name: 'fine', unitBytes: STRIPE }))).record.id
-    await book().add(make({ name: 'back', role: 'secondary' }))
+    const other = { name: 'w', size: UNITS * UNIT, intents: true, regionSize: REGION }
+    const { id: w } = (await served.pool.createVolume(other)).record
+    await book().add(make({ name: 'back', role: 'secondary', volume: w }))
+    await (await served.connect('w')).write(Buffer.alloc(512, 1), 9 * REGION)
     const client = await served.connect('v')
     await client.write(Buffer.alloc(512, 1), 9 * REGION) // in unit 2
     await client.write(Buffer.alloc(512, 1), 25 * REGION) // in unit 6
@@ -450,6 +453,25 @@ describe('the mirrors of a pool', () => {
     await served.pool.createVolume({ name: 'w', size: MiB })
     await book().add(make({ volume: served.pool.volume('w').record.id }))
     expect(book().all()).toHaveLength(2)
+  })
+
+  it('are the primary of all mirrors, or the secondary of one', async () => {
+    await start()
+    const { id } = (await book().add(make())).record
+    const secondaryOf = (mirror: number) => ({ secondaryOf: mirror })
+    const second = make({ name: 'second', role: 'secondary' })
+    await expect(book().add(second, secondaryOf)).rejects.toMatchObject({ code: 'REFUSED' })
+    // What is asked for at once is looked at when it is stored.
+    const other = book().add(make({ name: 'other' }))
+    const demoted = book().save(id, { role: 'secondary' }, { volume: secondaryOf(id) })
+    await expect(demoted).rejects.toMatchObject({ code: 'REFUSED' })
+    await book().remove((await other).record.id)
+    await book().save(id, { role: 'secondary' }, { volume: secondaryOf(id) })
+    await expect(book().add(make({ name: 'other' }))).rejects.toMatchObject({ code: 'REFUSED' })
+    await expect(book().add(second, secondaryOf)).rejects.toMatchObject({ code: 'REFUSED' })
+    await restart()
+    expect(only().record.role).toBe('secondary')
+    expect(volume().record.secondaryOf).toBe(id)
   })
 
   it('are checked: one whose volume is gone stops the opening, and is repaired away', async () => {
