@@ -1,6 +1,7 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { afterEach, describe, expect, it } from 'vitest'
 import { StoreError } from '../../src/base/errors.ts'
+import { LIMITS } from '../../src/base/limits.ts'
 import type { MirrorAddOptions } from '../../src/mirror/types.ts'
 import { NBD_ERRNO } from '../../src/nbd/errno.ts'
 import { Pair, type Side } from '../support/mirror-pair.ts'
@@ -223,6 +224,31 @@ describe('changes of role', () => {
     expect(three.mirrors.list()).toEqual([])
     await two.mirrors.promote('data')
     await settled(two)
+    await equal(pair)
+  })
+
+  it('what a primary sends during a forced promotion comes too late', async () => {
+    const pair = await mirrored()
+    const { one, two } = pair
+    const { mirrors } = two.pool
+    const save = mirrors.save.bind(mirrors)
+    mirrors.save = async (id, change, also) => {
+      if (change.role === 'primary') {
+        // The other side comes back meanwhile, with a change.
+        await write(one, 0, 2)
+        await sleep(1.5 * LIMITS.mirrorRetryMsMin)
+      }
+      return save(id, change, also)
+    }
+    await two.mirrors.promote('data', undefined, { force: true })
+    const { generation } = one.show('data').local
+    expect(two.show('data').local).toMatchObject({ role: 'primary', history: [generation] })
+    expect(two.show('data').local.generation).not.toBe(generation)
+    expect((await two.content('data'))[0]).toBe(1)
+    await one.reach('data', 'splitbrain')
+    await two.reach('data', 'splitbrain')
+    await two.mirrors.resolve('data', undefined, 'local')
+    await settled(one)
     await equal(pair)
   })
 })
