@@ -247,6 +247,7 @@ export class Mirrors implements MirrorControl {
     } else {
       relation.checkSplit()
       await relation.ask('yield')
+      await relation.overrule()
       relation.retry()
     }
     return relation.info()

@@ -231,6 +231,18 @@ export class Relation {
     })
   }
 
+  /**
+   * The peer's content is discarded, and it is no primary that could give that up: it is a generation that this side does not know, since
+   * one of the two was set back. So both sides are compared, from what the peer has.
+   */
+  overrule(): Promise<void> {
+    return this.#roles.run(async () => {
+      const hello = this.#primary?.hello
+      if (hello?.role !== 'secondary' || hello.generation === null) return
+      await this.#host.book.save(this.record.id, { clean: false, base: hello.generation.current })
+    })
+  }
+
   /** @throws UserError REFUSED */
   checkSplit(): void {
     if (this.isPrimary && this.state === 'splitbrain') return
@@ -340,7 +352,7 @@ export class Relation {
   }
 
   async #storeGiven(primary: Primary, reason: string): Promise<void> {
-    const { base, id } = this.record
+    const { base, clean, id } = this.record
     const before = this.volume.record.generation
     const history = [before?.current ?? base, ...(before?.history ?? [])].filter((known) => known !== base)
     await this.volume.quiesce(async () => {
@@ -350,7 +362,7 @@ export class Relation {
         id,
         { role: 'secondary' },
         {
-          bits: primary.bits.union(),
+          bits: clean ? primary.bits.union() : allUnits(primary.bits.unitCount), // not compared: anything may differ
           volume: {
             secondaryOf: id,
             generation: { current: base, history: history.slice(0, LIMITS.generationsKept) },
@@ -579,4 +591,10 @@ export class Relation {
 /** Of writes that wait for a secondary that will not have them. */
 function thrownAway(reason: string): StoreError {
   return new StoreError('SHUTTING_DOWN', `the other side does not have it: ${reason}`)
+}
+
+function allUnits(count: number): Bitmap {
+  const bits = new Bitmap(count)
+  bits.setRange(0, count)
+  return bits
 }

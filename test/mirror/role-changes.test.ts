@@ -1,3 +1,4 @@
+import { cpSync, rmSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { afterEach, describe, expect, it } from 'vitest'
 import { StoreError } from '../../src/base/errors.ts'
@@ -52,6 +53,12 @@ async function part({ one, two, relay }: Pair): Promise<void> {
   relay.onConnect = 'reset'
   relay.cut()
   await until(() => !two.show('data').connected && !one.show('data').connected, 'it is noticed')
+}
+
+async function swap(from: Side, to: Side): Promise<void> {
+  await from.mirrors.demote('data')
+  await to.mirrors.promote('data')
+  await settled(to)
 }
 
 /** Both are primary, and know. */
@@ -249,6 +256,38 @@ describe('changes of role', () => {
     await two.reach('data', 'splitbrain')
     await two.mirrors.resolve('data', undefined, 'local')
     await settled(one)
+    await equal(pair)
+  })
+
+  it('a primary that was set back beyond what its secondary has: told, and settled', async () => {
+    const pair = await mirrored()
+    const { one, two } = pair
+    await one.close()
+    const backup = `${one.directory}-backup`
+    cpSync(one.directory, backup, { recursive: true })
+    await one.open()
+    await settled(one)
+    await swap(one, two)
+    await write(two, 0, 2)
+    await settled(two)
+    await swap(two, one)
+    await write(one, BLOCK, 3)
+    await settled(one)
+    await one.close()
+    rmSync(one.directory, { recursive: true })
+    cpSync(backup, one.directory, { recursive: true })
+    await one.open()
+    await one.reach('data', 'splitbrain')
+    expect((await two.content('data'))[BLOCK]).toBe(3)
+    await one.mirrors.resolve('data', undefined, 'remote')
+    await settled(one)
+    await equal(pair)
+    expect((await two.content('data'))[BLOCK]).toBe(1)
+    await write(one, 0, 4)
+    await settled(one)
+    await one.restart()
+    await settled(one)
+    expect(one.show('data').counters.signatures).toBe(0)
     await equal(pair)
   })
 })
