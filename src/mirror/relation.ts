@@ -239,7 +239,8 @@ export class Relation {
     return this.#roles.run(async () => {
       const hello = this.#primary?.hello
       if (hello?.role !== 'secondary' || hello.generation === null) return
-      await this.#host.book.save(this.record.id, { clean: false, base: hello.generation.current })
+      const { generation, cycle } = hello
+      await this.#host.book.save(this.record.id, { clean: false, base: generation.current, cycle })
     })
   }
 

@@ -260,24 +260,8 @@ describe('changes of role', () => {
   })
 
   it('a primary that was set back beyond what its secondary has: told, and settled', async () => {
-    const pair = await mirrored()
+    const pair = await setBack()
     const { one, two } = pair
-    await one.close()
-    const backup = `${one.directory}-backup`
-    cpSync(one.directory, backup, { recursive: true })
-    await one.open()
-    await settled(one)
-    await swap(one, two)
-    await write(two, 0, 2)
-    await settled(two)
-    await swap(two, one)
-    await write(one, BLOCK, 3)
-    await settled(one)
-    await one.close()
-    rmSync(one.directory, { recursive: true })
-    cpSync(backup, one.directory, { recursive: true })
-    await one.open()
-    await one.reach('data', 'splitbrain')
     expect((await two.content('data'))[BLOCK]).toBe(3)
     await one.mirrors.resolve('data', undefined, 'remote')
     await settled(one)
@@ -290,4 +274,44 @@ describe('changes of role', () => {
     expect(one.show('data').counters.signatures).toBe(0)
     await equal(pair)
   })
+
+  it('a side that gives up before the two were compared says that anything may differ', async () => {
+    const pair = await setBack()
+    const { one, two } = pair
+    await one.mirrors.pause('data') // nothing is compared yet
+    const { mirrors } = one.pool
+    const { id } = mirrors.all()[0]?.record ?? { id: 0 }
+    const { local, cycle } = two.show('data')
+    await mirrors.save(id, { clean: false, base: local.generation, cycle })
+    await part(pair)
+    await one.mirrors.demote('data', undefined, { force: true })
+    pair.relay.onConnect = 'forward'
+    await two.mirrors.promote('data')
+    await settled(two)
+    await equal(pair)
+    expect((await one.content('data'))[BLOCK]).toBe(3)
+  })
 })
+
+/** The first side is one that was copied away before the roles went over and back. */
+async function setBack(): Promise<Pair> {
+  const pair = await mirrored()
+  const { one, two } = pair
+  await one.close()
+  const backup = `${one.directory}-backup`
+  cpSync(one.directory, backup, { recursive: true })
+  await one.open()
+  await settled(one)
+  await swap(one, two)
+  await write(two, 0, 2)
+  await settled(two)
+  await swap(two, one)
+  await write(one, BLOCK, 3)
+  await settled(one)
+  await one.close()
+  rmSync(one.directory, { recursive: true })
+  cpSync(backup, one.directory, { recursive: true })
+  await one.open()
+  await one.reach('data', 'splitbrain')
+  return pair
+}
