@@ -34,20 +34,18 @@ export function judge(record: MirrorRecord, own: GenerationRecord, hello: Remote
   }
   const theirs = hello.generation?.current
   // A commit of which the answer was lost makes one.
-  if (hello.cycle > cycle + 1) {
-    const reason = `the peer is at cycle ${hello.cycle}, and this side only knows of ${cycle}: this side was set back`
-    // In one generation what it has is what was written here, and is not here any more.
-    if (hello.consistent && theirs === own.current) {
-      return {
-        kind: 'splitbrain',
-        reason: `${reason}, and the peer has what came later: settle it with \`mirror resolve --discard local|remote\``,
-      }
-    }
-    return { kind: 'compare', init: safe(record.init), reason: `${reason}, so both sides are compared` }
+  const ahead = hello.cycle > cycle + 1
+  const behind = `the peer is at cycle ${hello.cycle}, and this side only knows of ${cycle}: this side was set back`
+  // In one generation what it has is what was written here, and is not here any more.
+  if (ahead && hello.consistent && theirs === own.current) {
+    const settle = 'settle it with `mirror resolve --discard local|remote`'
+    return { kind: 'splitbrain', reason: `${behind}, and the peer has what came later: ${settle}` }
   }
-  if (!hello.consistent) return { kind: 'resume' }
   // Ours where the commit that brought it was not noted here any more: what it had cleared is sent once more.
-  if (theirs === base || theirs === own.current) return { kind: 'resume' }
+  if (!hello.consistent || theirs === base || theirs === own.current) {
+    if (!ahead) return { kind: 'resume' }
+    return { kind: 'compare', init: safe(record.init), reason: `${behind}, so both sides are compared` }
+  }
   if (theirs !== undefined && own.history.includes(theirs)) {
     const reason = 'the peer has content of an earlier generation, so both sides are compared'
     return { kind: 'compare', init: safe(record.init), reason }

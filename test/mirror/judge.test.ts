@@ -45,6 +45,7 @@ const CASES: [string, Partial<MirrorRecord>, Partial<RemoteHello>, Verdict['kind
   ['is further ahead: this side was set back after a change of roles', {}, { cycle: 9 }, 'compare'],
   ['is further ahead in our own generation', {}, { cycle: 9, ...at('G3') }, 'splitbrain'],
   ['is further ahead, and was never consistent', {}, { cycle: 9, consistent: false, ...at('G3') }, 'compare'],
+  ['is further ahead in a generation that nobody here knows', {}, { cycle: 9, ...at('X') }, 'splitbrain'],
   ['has our generation, and that was not noted here any more', {}, at('G3'), 'resume'],
   ['was never consistent', {}, { consistent: false, generation: null }, 'resume'],
   ['was never compared', { clean: false }, {}, 'compare'],

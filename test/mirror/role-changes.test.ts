@@ -275,6 +275,34 @@ describe('changes of role', () => {
     await equal(pair)
   })
 
+  it('a primary that was set back in one generation: told, and settled', async () => {
+    const pair = await mirrored()
+    const { one, two } = pair
+    await one.close()
+    const backup = `${one.directory}-backup`
+    cpSync(one.directory, backup, { recursive: true })
+    await one.open()
+    for (let n = 2; n < 5; n++) {
+      await settled(one)
+      await write(one, BLOCK, n)
+    }
+    await settled(one)
+    await one.close()
+    rmSync(one.directory, { recursive: true })
+    cpSync(backup, one.directory, { recursive: true })
+    await one.open()
+    const { reason } = await one.reach('data', 'splitbrain')
+    expect(reason).toContain('this side was set back')
+    expect((await two.content('data'))[BLOCK]).toBe(4)
+    await one.mirrors.resolve('data', undefined, 'remote')
+    await settled(one)
+    await equal(pair)
+    expect((await two.content('data'))[BLOCK]).toBe(1)
+    await one.restart()
+    await settled(one)
+    expect(one.show('data').counters.signatures).toBe(0)
+  })
+
   it('a side that gives up before the two were compared says that anything may differ', async () => {
     const pair = await setBack()
     const { one, two } = pair
