@@ -278,20 +278,21 @@ export class Relation {
     const { record, volume } = this
     const bits = this.#secondary.differing()
     const before = volume.record.generation
-    const generation: GenerationRecord = {
-      current: randomUUID(),
-      history: [before?.current ?? record.base, ...(before?.history ?? [])].slice(0, LIMITS.generationsKept),
-    }
+    const { initialized } = record
+    const current = randomUUID()
+    // What was never consistent is no older generation: this one is where the bits begin to count.
+    const older = initialized ? [before?.current ?? record.base, ...(before?.history ?? [])] : []
+    const generation: GenerationRecord = { current, history: older.slice(0, LIMITS.generationsKept) }
     await volume.quiesce(async () => {
       // Nobody may write before it is watched: clients are let in by the transaction below.
       await this.#host.book.save(
         record.id,
-        { role: 'primary', clean: record.initialized, paused: false },
+        { role: 'primary', clean: initialized, paused: false, ...(initialized ? {} : { base: current }) },
         { bits, volume: { generation, secondaryOf: undefined } },
       )
       this.#beginPrimary()
     })
-    return generation.current
+    return current
   }
 
   async #demote(force: boolean): Promise<void> {
@@ -353,7 +354,7 @@ export class Relation {
   }
 
   async #storeGiven(primary: Primary, reason: string): Promise<void> {
-    const { base, clean, id } = this.record
+    const { base, clean, id, initialized } = this.record
     const before = this.volume.record.generation
     const history = [before?.current ?? base, ...(before?.history ?? [])].filter((known) => known !== base)
     await this.volume.quiesce(async () => {
@@ -366,7 +367,9 @@ export class Relation {
           bits: clean ? primary.bits.union() : allUnits(primary.bits.unitCount), // not compared: anything may differ
           volume: {
             secondaryOf: id,
-            generation: { current: base, history: history.slice(0, LIMITS.generationsKept) },
+            generation: initialized
+              ? { current: base, history: history.slice(0, LIMITS.generationsKept) }
+              : undefined,
           },
         },
       )

@@ -319,6 +319,42 @@ describe('changes of role', () => {
     await equal(pair)
     expect((await one.content('data'))[BLOCK]).toBe(3)
   })
+
+  it.each(['one yields', 'two yields', 'one discards', 'two is demoted'] as const)(
+    'promoted before the first copy has ended: the other mirrors go on, and it can be settled: %s',
+    async (how) => {
+      const pair = await Pair.open({ datapath: 'portable', pool: SMALL_POOL })
+      pairs.push(pair)
+      const { one, two } = pair
+      for (const name of ['data', 'other']) await one.pool.createVolume({ name, size: SIZE })
+      for (let at = 0; at < SIZE; at += BLOCK) await write(one, at, 1)
+      await one.mirrors.add({ volume: 'other', peer: pair.address, mode: 'sync' })
+      await one.mirrors.add({ volume: 'data', peer: pair.address, rate: 16_384, intervalMs: 20 })
+      await one.reach('data', 'copying')
+      await one.close()
+      await until(() => !two.show('data').connected, 'it is noticed')
+      await two.mirrors.promote('data', undefined, { force: true })
+      await write(two, 0, 2)
+      const demoted = how === 'two is demoted'
+      if (demoted) await two.mirrors.demote('data', undefined, { force: true })
+      await one.open()
+      await one.reach('data', demoted ? 'copying' : 'splitbrain')
+      if (!demoted) await two.reach('data', 'splitbrain')
+      await one.reach('other', 'insync')
+      const accepted = pair.relay.accepted
+      const oneWins = how === 'two yields' || demoted
+      const winner = oneWins ? one : two
+      if (how === 'one yields') await two.mirrors.resolve('data', undefined, 'remote')
+      else if (how === 'one discards') await one.mirrors.resolve('data', undefined, 'local')
+      else if (how === 'two yields') await one.mirrors.resolve('data', undefined, 'remote')
+      await winner.mirrors.change('data', undefined, { rate: null })
+      await settled(winner)
+      await equal(pair)
+      expect((await winner.content('data'))[0]).toBe(oneWins ? 1 : 2)
+      expect(one.show('other').state).toBe('insync')
+      expect(pair.relay.accepted).toBe(accepted)
+    },
+  )
 })
 
 /** The first side is one that was copied away before the roles went over and back. */
