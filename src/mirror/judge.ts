@@ -19,7 +19,11 @@ export type Verdict =
   | { readonly kind: 'compare'; readonly init: MirrorInit; readonly reason: string }
   | { readonly kind: 'splitbrain'; readonly reason: string }
 
-export function judge(record: MirrorRecord, own: GenerationRecord, hello: RemoteHello): Verdict {
+export function judge(
+  record: Pick<MirrorRecord, 'clean' | 'base' | 'cycle' | 'init'>,
+  own: GenerationRecord,
+  hello: RemoteHello,
+): Verdict {
   const { clean, base, cycle } = record
   if (hello.role === 'primary') {
     return {

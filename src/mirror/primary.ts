@@ -1,6 +1,7 @@
 import { assert } from '../base/assert.ts'
 import { messageOf, StoreError, UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
+import { formatSize } from '../base/sizes.ts'
 import type { Upcall } from '../datapath/datapath.ts'
 import { RateLimit } from '../link/rate-limit.ts'
 import type { GenerationRecord, MirrorRecord } from '../metadata/records.ts'
@@ -456,6 +457,8 @@ export class Primary implements ChangeWatcher {
     this.#agreedSize = hello.size
     const verdict = judge(this.record, this.#generation(), hello)
     if (verdict.kind === 'splitbrain') throw new RemoteError('splitbrain', verdict.reason)
+    if (this.record.kind === 'link' && hello.size > volume.size)
+      throw new RemoteError('splitbrain', keepsItsEnd(hello.size))
     if (hello.stage !== this.#stageToken) this.#newStage(hello.stage)
     if (verdict.kind === 'compare') {
       if (this.record.clean) this.#host.onTrouble('mirror.compare', verdict.reason)
@@ -909,4 +912,9 @@ export class Primary implements ChangeWatcher {
   #save(change: Partial<MirrorRecord>): Promise<void> {
     return this.#host.book.save(this.record.id, change)
   }
+}
+
+/** Where nothing was compared yet, the verdict does not come of generations; the other side's does. */
+function keepsItsEnd(size: number): string {
+  return `the peer has ${formatSize(size)}, of a generation that this side does not know: settle it with \`mirror resolve --discard local|remote\``
 }

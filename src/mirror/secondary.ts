@@ -14,6 +14,7 @@ import { NBD_ERRNO } from '../nbd/errno.ts'
 import type { MirrorBook, StoredMirror } from '../volume/mirror-book.ts'
 import type { Stage } from '../volume/stage.ts'
 import type { Volume } from '../volume/volume.ts'
+import { judge } from './judge.ts'
 import { allSockets, expectSockets } from './lane-sockets.ts'
 import {
   encodeEnds,
@@ -308,7 +309,7 @@ export class Secondary {
     if (record.mode !== mode || record.intervalMs !== intervalMs || record.onLoss !== onLoss) {
       await this.#host.book.save(record.id, { mode, intervalMs, onLoss })
     }
-    if (hello.size !== volume.size) {
+    if (hello.size > volume.size || (hello.size < volume.size && this.#mayCut(hello))) {
       this.#dropStage()
       await volume.resize(hello.size, { force: true, byPrimary: true })
     }
@@ -320,6 +321,12 @@ export class Secondary {
     this.#changed(control, 'staging')
     this.#host.onState('negotiating', hello)
     return this.#introduce()
+  }
+
+  /** Where the primary is going to find a split brain (it was set back, say), nothing is lost before that is settled: not even the end. */
+  #mayCut({ base, cycle, generation }: PrimaryHello): boolean {
+    const { init } = this.#host.stored.record
+    return judge({ clean: true, base, cycle, init }, generation, this.#introduce()).kind !== 'splitbrain'
   }
 
   /** A request that waited while its session ended. Nobody hears the answer. @throws UserError */

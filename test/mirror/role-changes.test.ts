@@ -355,10 +355,28 @@ describe('changes of role', () => {
       expect(pair.relay.accepted).toBe(accepted)
     },
   )
+
+  it.each(['beyond changes of roles', 'in one generation'] as const)(
+    'a primary that was set back to a smaller size cuts nothing off before that is settled: %s',
+    async (how) => {
+      const pair = await setBack(2 * SIZE, how === 'beyond changes of roles')
+      const { one, two } = pair
+      expect(one.pool.volume('data').size).toBe(SIZE)
+      expect(two.pool.volume('data').size).toBe(2 * SIZE)
+      expect((await two.content('data'))[SIZE]).toBe(5)
+      await one.mirrors.resolve('data', undefined, 'remote')
+      await settled(one)
+      expect(two.pool.volume('data').size).toBe(SIZE)
+      await equal(pair)
+      await one.pool.volume('data').resize(SIZE / 2, { force: true })
+      await settled(one)
+      expect(two.pool.volume('data').size).toBe(SIZE / 2)
+    },
+  )
 })
 
-/** The first side is one that was copied away before the roles went over and back. */
-async function setBack(): Promise<Pair> {
+/** The first side is one that was copied away before the volume had the size, and before the roles went over and back. */
+async function setBack(size = SIZE, swaps = true): Promise<Pair> {
   const pair = await mirrored()
   const { one, two } = pair
   await one.close()
@@ -366,10 +384,18 @@ async function setBack(): Promise<Pair> {
   cpSync(one.directory, backup, { recursive: true })
   await one.open()
   await settled(one)
-  await swap(one, two)
-  await write(two, 0, 2)
-  await settled(two)
-  await swap(two, one)
+  if (size > SIZE) {
+    await one.pool.volume('data').resize(size)
+    await settled(one)
+    await write(one, SIZE, 5)
+    await settled(one)
+  }
+  if (swaps) {
+    await swap(one, two)
+    await write(two, 0, 2)
+    await settled(two)
+    await swap(two, one)
+  }
   await write(one, BLOCK, 3)
   await settled(one)
   await one.close()
