@@ -83,6 +83,14 @@ export function mirrorBar(info: MirrorInfo, columns: number, unicode: boolean): 
   return progressBar(`${mirrorLabel(info)} ${WORK[what]}`, doing, columns, unicode)
 }
 
+/** What a change of role has done; what a forced one leaves behind is told while it is still there. */
+export function roleText(info: MirrorInfo): string {
+  const text = `mirror ${mirrorLabel(info)}: this side is the ${info.role} now`
+  const { changed } = info.local
+  if (info.role === 'primary' || changed === 0) return text
+  return `${text}; the other side lacks ${formatSize(changed)} of what was changed here, which is thrown away when that one is promoted`
+}
+
 export function mirrorLines(info: MirrorInfo): string[] {
   const { counters, kind, role, verify, progress } = info
   const here = role === 'primary' ? 'sends' : 'receives'

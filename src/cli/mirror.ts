@@ -22,6 +22,7 @@ import {
   mirrorStateText,
   mirrorTable,
   modeText,
+  roleText,
   verifyText,
 } from './mirror-text.ts'
 
@@ -287,7 +288,8 @@ const ROLE_COMMANDS = {
   },
   demote: {
     describe: 'Make this side the secondary, after the other side has everything',
-    force: 'Also while clients are connected, or without the other side',
+    force:
+      'Also while clients are connected, or without the other side: what it lacks is thrown away when it is promoted',
   },
 } as const
 
@@ -302,7 +304,7 @@ function roleCommand(group: Root, cli: Cli, action: keyof typeof ROLE_COMMANDS):
       const client = clientOf(argv)
       const path = mirrorPath(argv.volume, await nameOf(client, argv), `/${action}`)
       const info = await client.post<MirrorInfo>(path, { force: argv.force }, 0)
-      cli.output.result(info, () => [`mirror ${mirrorLabel(info)}: this side is the ${info.role} now`])
+      cli.output.result(info, () => [roleText(info)])
     },
   )
 }

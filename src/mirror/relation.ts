@@ -3,6 +3,7 @@ import { Bitmap } from '../base/bitmap.ts'
 import { StoreError, UserError } from '../base/errors.ts'
 import { LIMITS } from '../base/limits.ts'
 import { Mutex } from '../base/locks.ts'
+import { formatSize } from '../base/sizes.ts'
 import type { Channel } from '../link/channel.ts'
 import { LinkError } from '../link/errors.ts'
 import type { Session } from '../link/session.ts'
@@ -324,7 +325,12 @@ export class Relation {
     this.#endPrimary()
     await primary.close(reason, discards ? thrownAway(reason) : undefined)
     this.#secondaryStates.follow('promoted', 'this side gave up being primary: promote the other one')
-    this.tell('info', 'mirror.demoted', 'this side is secondary: promote the other one')
+    const { changed } = this.side()
+    if (changed === 0) this.tell('info', 'mirror.demoted', 'this side is secondary: promote the other one')
+    else {
+      const lacked = `the other side lacks ${formatSize(changed)} of what was changed here, which is thrown away when that one is promoted`
+      this.tell('warn', 'mirror.demoted', `this side is secondary; ${lacked}`)
+    }
   }
 
   /** This side's changes since the common generation are thrown away by what the other side sends. */

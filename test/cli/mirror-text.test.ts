@@ -7,6 +7,7 @@ import {
   mirrorStateText,
   mirrorTable,
   modeText,
+  roleText,
   verifyText,
 } from '../../src/cli/mirror-text.ts'
 import { textWidth } from '../../src/cli/text.ts'
@@ -17,6 +18,14 @@ const mirror = (change: Partial<MirrorInfo>): MirrorInfo => ({ ...MIRROR, reason
 const lag = (bytes: number, seconds: number | null) => lagText(mirror({ lag: { bytes, seconds } }))
 
 describe('mirrors in words', () => {
+  it('have roles, and what a change of roles leaves behind is told', () => {
+    const side = (role: 'primary' | 'secondary', changed: number) =>
+      roleText(mirror({ role, local: { ...MIRROR.local, role, changed } }))
+    expect(side('primary', 65536)).toBe('mirror data/site-b: this side is the primary now')
+    expect(side('secondary', 0)).toBe('mirror data/site-b: this side is the secondary now')
+    expect(side('secondary', 65536)).toContain('lacks 64K of what was changed here')
+  })
+
   it('have a state, with what is done there and why', () => {
     expect(mirrorStateText(mirror({}))).toBe('copying 25.0 %')
     expect(mirrorStateText(MIRROR)).toBe('copying 25.0 %: the rate is limited')

@@ -373,6 +373,24 @@ describe('changes of role', () => {
       expect(two.pool.volume('data').size).toBe(SIZE / 2)
     },
   )
+
+  it('a forced demotion tells what the other side lacks', async () => {
+    const pair = await mirrored()
+    const { one, two } = pair
+    await part(pair)
+    await write(one, 0, 2)
+    await write(one, 5 * BLOCK, 2)
+    const { local } = await one.mirrors.demote('data', undefined, { force: true })
+    expect(local).toMatchObject({ role: 'secondary', changed: 2 * BLOCK })
+    const told = one.events.find(({ kind }) => kind === 'mirror.demoted')
+    expect(told?.message).toContain('lacks 8K')
+    pair.relay.onConnect = 'forward'
+    await two.mirrors.promote('data')
+    await settled(two)
+    await swap(two, one)
+    const planned = two.events.find(({ kind }) => kind === 'mirror.demoted')
+    expect(planned?.message).not.toContain('lacks')
+  })
 })
 
 /** The first side is one that was copied away before the volume had the size, and before the roles went over and back. */
