@@ -9,7 +9,7 @@ import type { MirrorInit } from './types.ts'
  *   the other is primary, too                    splitbrain
  *   it was never consistent                      go on with the bitmap where that is of this very copy, else compare
  *   it is some commits behind                    compare: it was set back, to a backup for instance
- *   it is more than one commit ahead             this side was set back: compare, or, where it has later content of our generation, splitbrain
+ *   it is more than one commit ahead             this side was set back: compare, or, where it has later content, splitbrain
  *   its generation is our base, or ours          resume: the bitmap, and what it says of itself, is all that differs
  *   its generation is an older one of ours       compare: it missed a change of roles
  *   anything else                                splitbrain: it has content that this side knows nothing of
