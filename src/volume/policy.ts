@@ -57,7 +57,7 @@ export interface PolicyHost {
   /** Takes back slots that `allocate` gave and nothing was recorded for. */
   unallocate(slots: readonly number[]): void
   /** Slots whose owner is gone since `sequence`. */
-  freeLater(runs: readonly FreedRun[], sequence: number): void
+  freeLater(runs: Iterable<FreedRun>, sequence: number): void
   record(changes: readonly Change[], apply: (sequence: number) => void): Promise<number>
   flush(): Promise<void>
   /** A request failed; what kind of failure, and a line. */

@@ -23,6 +23,7 @@ import { closeParts, descriptorOf, openPoolParts, type PoolParts } from './pool-
 import { Reclaimer } from './reclaimer.ts'
 import { recoverPool } from './recovery.ts'
 import { checkVolumeSize } from './resize.ts'
+import { slotRunsOf } from './runs.ts'
 import { VolumeTables } from './tables.ts'
 import { Volume } from './volume.ts'
 import type { VolumeHost } from './volume-host.ts'
@@ -556,7 +557,7 @@ export class Pool {
       stripeSize: this.#parts.geometry.stripeSize,
       allocate: (_first, count) => this.#allocate(count),
       unallocate: (slots) => {
-        for (const slot of slots) this.#allocator.free(slot, 1)
+        for (const { slot, count } of slotRunsOf(0, slots)) this.#allocator.free(slot, count)
       },
       freeLater: (runs, sequence) => this.#reclaimer.freeLater(runs, sequence),
       record: (changes, apply) => this.#ledger.record(changes, apply),

@@ -1,5 +1,8 @@
 import type { Datapath } from '../datapath/datapath.ts'
 import type { SlotOwner } from '../stripe/allocator.ts'
+import { type FreedRun, FreedRuns } from './freed-runs.ts'
+
+export type { FreedRun } from './freed-runs.ts'
 
 /**
  * Slots whose owner is gone wait here before they are handed out again (DESIGN invariant 3):
@@ -18,23 +21,15 @@ export interface ReclaimerHost {
   onTrouble(message: string): void
 }
 
-/** A run of slots, and whose they were: a thin volume's become free, a thick one's reservation ends. */
-export interface FreedRun {
-  readonly slot: number
-  readonly count: number
-  readonly owner: SlotOwner
-}
-
-interface Freed extends FreedRun {
-  readonly sequence: number
-}
-
 /** Freed slots are made durable at the latest after this, even where no client flushes. */
 const FLUSH_AFTER_MS = 1_000
+/** So many runs are sorted at a time, and of these so many freed before others get a turn. */
+const RUNS_SORTED_MAX = 1 << 20
+const RUNS_PER_TURN_MAX = 4096
 
 export class Reclaimer {
   readonly #host: ReclaimerHost
-  #waiting: Freed[] = [] // in order of sequence
+  readonly #waiting = new FreedRuns()
   #lastSequence = 0 // the highest that ever waited
   #durable: number
   #running: Promise<void> | undefined // while there is something to free, and not a moment longer
@@ -53,13 +48,10 @@ export class Reclaimer {
   }
 
   /** @param sequence of the record that freed them; 0 where that is durable already */
-  freeLater(runs: readonly FreedRun[], sequence: number): void {
+  freeLater(runs: Iterable<FreedRun>, sequence: number): void {
     // They queue behind those that wait already, so the last one waits for the most: `reclaim` flushes for it.
     this.#lastSequence = Math.max(this.#lastSequence, sequence)
-    for (const run of runs) {
-      this.#waiting.push({ ...run, sequence: this.#lastSequence })
-      this.#pendingSlots += run.count
-    }
+    this.#pendingSlots += this.#waiting.add(runs, this.#lastSequence)
     this.#timer ??= setTimeout(() => {
       this.#timer = undefined
       if (this.#waiting.length > 0) this.reclaim().catch(() => {}) // reported by the ledger
@@ -73,8 +65,7 @@ export class Reclaimer {
 
   /** Resolves when every slot that was pending at the call is free. */
   async reclaim(): Promise<void> {
-    const last = this.#waiting[this.#waiting.length - 1]
-    if (last !== undefined && last.sequence > this.#durable) await this.#host.flush()
+    if (this.#waiting.length > 0 && this.#lastSequence > this.#durable) await this.#host.flush()
     this.#start()
     await this.#running
   }
@@ -90,41 +81,37 @@ export class Reclaimer {
   }
 
   get #anyReady(): boolean {
-    const first = this.#waiting[0]
-    return first !== undefined && first.sequence <= this.#durable
+    return this.#waiting.until(this.#durable) > 0
   }
 
   async #run(): Promise<void> {
+    let turn = 0
     while (this.#anyReady) {
-      const notReady = this.#waiting.findIndex((freed) => freed.sequence > this.#durable)
-      const batch = this.#waiting.splice(0, notReady < 0 ? this.#waiting.length : notReady)
+      let ready = this.#waiting.until(this.#durable) // what comes from here on waits for the next barrier
       await this.#host.datapath.barrier()
-      for (const run of joined(batch)) {
-        if (this.#punchWorks) {
-          try {
-            this.#punchWorks = await this.#host.datapath.punch(run.slot, run.count)
-          } catch (error) {
-            // The slots are good all the same; only the file system does not get its space back.
-            this.#punchWorks = false
-            this.#host.onTrouble(`space is not given back to the file system: ${String(error)}`)
-          }
+      while (ready > 0) {
+        const count = Math.min(ready, RUNS_SORTED_MAX)
+        ready -= count
+        for (const run of this.#waiting.take(count)) {
+          await this.#punch(run)
+          this.#host.free(run.slot, run.count, run.owner)
+          this.#pendingSlots -= run.count
+          if (++turn % RUNS_PER_TURN_MAX === 0) await new Promise(setImmediate)
         }
-        this.#host.free(run.slot, run.count, run.owner)
-        this.#pendingSlots -= run.count
       }
     }
     // In the turn in which nothing was ready: what becomes ready in the next one starts another run.
     this.#running = undefined
   }
-}
 
-/** Neighbouring runs as one, so that a large trim is given back in few calls. */
-function joined(batch: readonly Freed[]): FreedRun[] {
-  const runs: { slot: number; count: number; owner: SlotOwner }[] = []
-  for (const { slot, count, owner } of [...batch].sort((a, b) => a.slot - b.slot)) {
-    const last = runs[runs.length - 1]
-    if (last !== undefined && last.owner === owner && last.slot + last.count === slot) last.count += count
-    else runs.push({ slot, count, owner })
+  async #punch({ slot, count }: FreedRun): Promise<void> {
+    if (!this.#punchWorks) return
+    try {
+      this.#punchWorks = await this.#host.datapath.punch(slot, count)
+    } catch (error) {
+      // The slots are good all the same; only the file system does not get its space back.
+      this.#punchWorks = false
+      this.#host.onTrouble(`space is not given back to the file system: ${String(error)}`)
+    }
   }
-  return runs
 }

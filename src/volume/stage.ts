@@ -3,7 +3,6 @@ import { Bitmap } from '../base/bitmap.ts'
 import type { Datapath, ExportId } from '../datapath/datapath.ts'
 import { FreshSlots } from './fresh-slots.ts'
 import type { FreedRun } from './reclaimer.ts'
-import { slotRunsOf } from './runs.ts'
 import type { VolumeTables } from './tables.ts'
 
 /**
@@ -12,6 +11,16 @@ import type { VolumeTables } from './tables.ts'
  *
  * Crash rule: nothing of it is recorded before the switch. The slots belong to the volume with the transaction that names them, or they
  * are free again at the next opening. The slots that the switch replaces are freed after it is durable.
+ *
+ * The switch is made in one turn, whatever there is, because no checkpoint may copy the tables in between, and nobody who reads may find
+ * half of it for long. So it costs little: stage and tables exchange slots and bits, run by run, and exchanging them again takes it back.
+ *
+ *   staged  filled  init     the switch makes of it
+ *     1       1      1       other slots: the stage has those that there were
+ *     1       1      0       formatted: the stage has nothing
+ *     1       0      1       unformatted: the stage has the slots that there were
+ *     1       0      0       nothing: a hole already
+ *     0       0     any      nothing
  */
 export interface StageHost {
   readonly datapath: Pick<Datapath, 'adopt' | 'complete' | 'formatUnit'>
@@ -20,21 +29,23 @@ export interface StageHost {
   /** @throws StoreError NO_SPACE */
   allocate(first: number, count: number): Promise<number[]>
   unallocate(slots: readonly number[]): void
-  freeLater(runs: readonly FreedRun[], sequence: number): void
+  freeLater(runs: Iterable<FreedRun>, sequence: number): void
 }
+
+/** Slots that are given back in one call, or those of one unit. */
+const SLOTS_GIVEN_BACK = 1024
 
 export class Stage {
   readonly #host: StageHost
   readonly #slots = new FreshSlots()
   readonly #stripeCount: number
   readonly #staged: Bitmap // format units
-  readonly #filled: Bitmap // those of them that have slots
+  readonly #filled: Bitmap // those of them that have slots; while it is switched: those that were formatted before
   #units = 0
   #pending = 0 // puts under way
   /** Changed by a switch that is not durable yet: what is staged may have to come back. */
   #switching = false
   #closed = false
-  #freed: FreedRun[] = []
 
   constructor(host: StageHost) {
     this.#host = host
@@ -95,38 +106,20 @@ export class Stage {
   switch(): () => void {
     this.#checkOpen()
     assert(this.#pending === 0, 'a stage is switched while something is put into it')
-    const tables = this.#host.tables()
-    assert(tables.stripeCount === this.#stripeCount, 'a stage of another size')
-    const undo: (() => void)[] = []
-    const freed: FreedRun[] = []
-    for (
-      let unit = this.#nextChange(tables, 0);
-      unit < this.#staged.length;
-      unit = this.#nextChange(tables, unit + 1)
-    ) {
-      const { first, count } = tables.unitStripes(unit)
-      const before = [...tables.slots.subarray(first, first + count)]
-      const after = this.#slots.get(first, count)
-      const formatted = tables.init.get(unit)
-      undo.push(() => put(tables, unit, first, before, formatted))
-      for (const run of slotRunsOf(first, before)) {
-        if (run.slot !== 0) freed.push({ slot: run.slot, count: run.count, owner: 'thin' })
-      }
-      put(tables, unit, first, after, after[0] !== 0)
-    }
-    this.#freed = freed
+    this.#exchange()
     this.#switching = true
     return () => {
+      assert(this.#switching, 'a switch is taken back once, and before it is durable')
       this.#switching = false
-      for (const back of undo.reverse()) back()
+      this.#exchange()
     }
   }
 
   /** The switch is durable. The stage is empty again. */
   switched(): void {
+    assert(this.#switching, 'a stage that was not switched is not durable')
     this.#switching = false
-    this.#host.freeLater(this.#freed, 0)
-    this.#freed = []
+    this.#host.freeLater(this.#slots.runs(), 0)
     this.#empty()
   }
 
@@ -145,14 +138,34 @@ export class Stage {
     assert(!this.#switching, 'a stage is changed while it is switched')
   }
 
-  /** The first unit at or after `unit` that is staged and is not a hole already. A long hole costs what there is in it. */
-  #nextChange({ init }: VolumeTables, unit: number): number {
-    const { length } = this.#staged
-    let at = this.#staged.nextSet(unit)
-    while (at < length && !init.get(at) && !this.#filled.get(at)) {
-      at = this.#staged.nextSet(Math.min(init.nextSet(at), this.#filled.nextSet(at)))
+  /** What the table above says. Readers find the old content or the new: a slot is set before the init bit, and cleared after it. */
+  #exchange(): void {
+    const tables = this.#host.tables()
+    assert(tables.stripeCount === this.#stripeCount, 'a stage of another size')
+    const { words: init } = tables.init
+    const { words: staged } = this.#staged
+    const { words: filled } = this.#filled
+    for (let word = 0; word < staged.length; word++) {
+      const due = staged[word] ?? 0
+      if (due === 0) continue
+      const before = init[word] ?? 0
+      const after = filled[word] ?? 0
+      eachRun(due & before & ~after, (bit, count) => {
+        tables.setReleased(word * 32 + bit, count)
+        this.#filled.setRange(word * 32 + bit, word * 32 + bit + count)
+      })
+      eachRun(due & (before | after), (bit, count) => this.#exchangeSlots(tables, word * 32 + bit, count))
+      eachRun(due & ~before & after, (bit, count) => {
+        tables.setFormatted(word * 32 + bit, count)
+        this.#filled.clearRange(word * 32 + bit, word * 32 + bit + count)
+      })
     }
-    return at
+  }
+
+  #exchangeSlots(tables: VolumeTables, unit: number, units: number): void {
+    const first = unit * tables.formatUnit
+    const count = Math.min(units * tables.formatUnit, this.#stripeCount - first)
+    this.#slots.parts(first, count, (stripe, n, page, at) => tables.exchangeSlots(stripe, n, page, at))
   }
 
   #empty(): void {
@@ -166,11 +179,14 @@ export class Stage {
   #giveBack(unit: number, units: number): void {
     const { formatUnit } = this.#host.tables()
     const end = unit + units
-    for (let at = this.#filled.nextSet(unit, end); at < end; at = this.#filled.nextSet(at + 1, end)) {
+    const most = Math.ceil(SLOTS_GIVEN_BACK / formatUnit)
+    for (let at = this.#filled.nextSet(unit, end); at < end; at = this.#filled.nextSet(at, end)) {
+      const stop = this.#filled.nextClear(at, Math.min(end, at + most))
       const first = at * formatUnit
-      const count = Math.min(formatUnit, this.#stripeCount - first)
+      const count = Math.min(stop * formatUnit, this.#stripeCount) - first
       this.#host.unallocate(this.#slots.get(first, count))
       this.#slots.set(first, new Array<number>(count).fill(0))
+      at = stop
     }
     this.#filled.clearRange(unit, end)
   }
@@ -195,15 +211,18 @@ export class Stage {
   }
 }
 
-/** A unit with other slots, or without any. Readers find the old content or the new. */
-function put(
-  tables: VolumeTables,
-  unit: number,
-  first: number,
-  slots: readonly number[],
-  formatted: boolean,
-): void {
-  if (!formatted) tables.setReleased(unit)
-  for (const run of slotRunsOf(first, slots)) tables.setSlots(run.first, run.count, run.slot)
-  if (formatted) tables.setFormatted(unit)
+/** Runs of bits of a word that are 1. */
+function eachRun(word: number, action: (bit: number, count: number) => void): void {
+  for (let left = word; left !== 0; ) {
+    const bit = lowestBit(left)
+    const rest = ~(left >>> bit)
+    const count = rest === 0 ? 32 : lowestBit(rest)
+    action(bit, count)
+    const end = bit + count
+    left = end === 32 ? 0 : left & (-1 << end)
+  }
+}
+
+function lowestBit(word: number): number {
+  return 31 - Math.clz32(word & -word)
 }

@@ -124,26 +124,52 @@ export class VolumeTables {
     this.#follower?.clip(first, count, (from, n) => this.#follower?.setSlots(from, n, slot))
   }
 
-  setFormatted(unit: number): void {
-    if (this.init.get(unit)) return
-    const { first, count } = this.unitStripes(unit)
-    for (let stripe = first; stripe < first + count; stripe++)
-      assert(this.slotOf(stripe) !== 0, 'init bit without a slot')
-    this.init.set(unit)
-    this.#formattedUnits++
-    this.#touch(this.#dirtyInit, Math.floor(unit / INIT_PAGE_BITS))
-    if (this.#follower !== undefined && unit < this.#follower.unitCount) this.#follower.setFormatted(unit)
+  /**
+   * Stripes [first, first + count) get the slots in `others` from `at` on, which gets theirs: done twice, all is as it was. Nobody changes
+   * the size of the volume meanwhile.
+   */
+  exchangeSlots(first: number, count: number, others: Uint32Array, at: number): void {
+    assert(first + count <= this.stripeCount, 'stripe past the end of the volume')
+    assert(at + count <= others.length, 'slots to exchange')
+    assert(this.#follower === undefined, 'slots are exchanged while the volume gets another size')
+    let used = 0
+    for (let i = 0; i < count; i++) {
+      const after = others[at + i] ?? 0
+      const before = Atomics.exchange(this.slots, first + i, after)
+      others[at + i] = before
+      used |= after
+      this.#mappedStripes += (after === 0 ? 0 : 1) - (before === 0 ? 0 : 1)
+    }
+    for (let page = Math.floor(first / MAP_PAGE_ENTRIES); page * MAP_PAGE_ENTRIES < first + count; page++) {
+      this.#touch(this.#dirtyMap, page)
+      if (used !== 0) this.#usedMap.set(page)
+    }
   }
 
-  setReleased(unit: number): void {
-    if (!this.init.get(unit)) return
-    const { first, count } = this.unitStripes(unit)
-    for (let stripe = first; stripe < first + count; stripe++)
-      assert(!this.direct.get(stripe), 'direct bit without init')
-    this.init.clear(unit)
-    this.#formattedUnits--
-    this.#touch(this.#dirtyInit, Math.floor(unit / INIT_PAGE_BITS))
-    if (this.#follower !== undefined && unit < this.#follower.unitCount) this.#follower.setReleased(unit)
+  /** Units [unit, unit + count). */
+  setFormatted(unit: number, count = 1): void {
+    const end = unit + count
+    const more = count - this.init.count(unit, end)
+    if (more === 0) return
+    const last = this.unitStripes(end - 1)
+    for (let stripe = unit * this.formatUnit; stripe < last.first + last.count; stripe++)
+      assert(this.slotOf(stripe) !== 0, 'init bit without a slot')
+    this.init.setRange(unit, end)
+    this.#formattedUnits += more
+    this.#touchInit(unit, end)
+    this.#follower?.clipUnits(unit, end, (n) => this.#follower?.setFormatted(unit, n))
+  }
+
+  /** Units [unit, unit + count). */
+  setReleased(unit: number, count = 1): void {
+    const end = unit + count
+    const fewer = this.init.count(unit, end)
+    if (fewer === 0) return
+    assert(this.areClear(unit, count), 'direct bit without init')
+    this.init.clearRange(unit, end)
+    this.#formattedUnits -= fewer
+    this.#touchInit(unit, end)
+    this.#follower?.clipUnits(unit, end, (n) => this.#follower?.setReleased(unit, n))
   }
 
   /** From now on direct bits are set only where `mayOpen` says yes. */
@@ -200,6 +226,12 @@ export class VolumeTables {
     if (end > first) action(first, end - first)
   }
 
+  /** Runs `action` on how many of the units [unit, end) this volume has. */
+  clipUnits(unit: number, end: number, action: (count: number) => void): void {
+    const count = Math.min(end, this.unitCount) - unit
+    if (count > 0) action(count)
+  }
+
   /** Replays one journal record (recovery). Idempotent. @throws StoreError DAMAGED when it does not fit the volume */
   apply(change: Change): void {
     const bound = change.op === CHANGE.slots ? this.stripeCount : this.unitCount
@@ -220,7 +252,7 @@ export class VolumeTables {
         }
         return
       case CHANGE.released:
-        for (let unit = change.first; unit < stop; unit++) this.setReleased(unit)
+        if (stop > change.first) this.setReleased(change.first, stop - change.first)
         return
       default:
         throw new StoreError(
@@ -367,6 +399,12 @@ export class VolumeTables {
     }
     next.finishLoading()
     return next
+  }
+
+  #touchInit(unit: number, end: number): void {
+    const last = Math.floor((end - 1) / INIT_PAGE_BITS)
+    for (let page = Math.floor(unit / INIT_PAGE_BITS); page <= last; page++)
+      this.#touch(this.#dirtyInit, page)
   }
 
   #touch(dirty: Bitmap, page: number): void {

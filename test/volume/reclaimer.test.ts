@@ -1,6 +1,7 @@
 import { describe, expect, it } from 'vitest'
 import type { Datapath } from '../../src/datapath/datapath.ts'
 import { Reclaimer } from '../../src/volume/reclaimer.ts'
+import { memoryInUse } from '../support/memory.ts'
 import { isPending } from '../support/poll.ts'
 
 /** The reclaimer against a host that notes the order of steps; each step ends when the test says so. */
@@ -108,5 +109,45 @@ describe('reclaimer', () => {
       await first
       await reclaimer.close()
     }
+  })
+
+  it('joins neighbours of one owner, however they came', async () => {
+    const { reclaimer, steps } = setUp()
+    reclaimer.freeLater([thin(7, 1), thin(3, 2), thin(9, 1)], 0)
+    reclaimer.freeLater([{ slot: 10, count: 1, owner: 'thick' }], 0)
+    reclaimer.freeLater([thin(5, 2), thin(8, 1)], 0)
+    await reclaimer.reclaim()
+    expect(steps.filter((step) => step.startsWith('free'))).toEqual(['free 3+7 thin', 'free 10+1 thick'])
+    await reclaimer.close()
+  })
+
+  it('takes few bytes for each of many scattered runs, and lets others have their turns', async () => {
+    const runs = 1 << 19
+    let freed = 0
+    const reclaimer = new Reclaimer(
+      {
+        datapath: { barrier: async () => {}, punch: async () => true },
+        free: () => freed++,
+        flush: async () => {},
+        onTrouble: () => {},
+      },
+      0,
+    )
+    const before = memoryInUse()
+    reclaimer.freeLater(
+      (function* () {
+        for (let n = 0; n < runs; n++) yield thin(2 * n + 1, 1)
+      })(),
+      0,
+    )
+    expect((memoryInUse() - before) / runs).toBeLessThan(40)
+    let turns = 0
+    const timer = setInterval(() => turns++, 0)
+    await reclaimer.reclaim()
+    clearInterval(timer)
+    expect(freed).toBe(runs)
+    expect(reclaimer.pendingSlots).toBe(0)
+    expect(turns).toBeGreaterThan(5)
+    await reclaimer.close()
   })
 })
