@@ -47,6 +47,8 @@ export const LIMITS = {
   blockStatusExtentsMax: 64 * KiB,
   replyBytesQueuedPerConnection: 64 * MiB,
 
+  /** The last 1/n of a pool's slots is for clients: nothing that can be done without takes one of them. */
+  poolReserveShare: 16,
   /** One journal file; there are two. A full journal makes first writes wait for the checkpoint. */
   journalFileBytes: 8 * MiB,
   /** Metadata not yet in LMDB is committed at least this often. */

@@ -494,7 +494,6 @@ export class Primary implements ChangeWatcher {
     )
     this.#throwIfInterrupted()
     this.#notes.noteBehind()
-    this.#retryMs = LIMITS.mirrorRetryMsMin
     if (!this.record.initialized) await this.#copy(remote)
     if (this.record.mode === 'sync') await this.#sync(remote)
     else await this.#async(remote)
@@ -695,6 +694,7 @@ export class Primary implements ChangeWatcher {
   ): Promise<void> {
     const cycle = this.record.cycle + 1
     await remote.commit(this.#commitInfo(cycle, consistent, follow))
+    this.#retryMs = LIMITS.mirrorRetryMsMin
     this.counters.cycles++
     if (consistent) {
       if (this.#hello !== undefined) {

@@ -105,6 +105,8 @@ export class Pool {
   readonly #errorsSeen = new WeakMap<Volume, number>()
   readonly #troubles = new Throttle(LIMITS.troubleEventMs)
   #failure: string | undefined // why nothing is changed any more
+  /** Of those who have slots that they can do without. */
+  readonly #givers = new Set<() => void>()
 
   private constructor(
     parts: PoolParts,
@@ -556,6 +558,11 @@ export class Pool {
       datapath: this.datapath,
       stripeSize: this.#parts.geometry.stripeSize,
       allocate: (_first, count) => this.#allocate(count),
+      allocateSpare: (count) => this.#allocateSpare(count),
+      whenWanted: (giveBack) => {
+        this.#givers.add(giveBack)
+        return () => this.#givers.delete(giveBack)
+      },
       unallocate: (slots) => {
         for (const { slot, count } of slotRunsOf(0, slots)) this.#allocator.free(slot, count)
       },
@@ -587,14 +594,18 @@ export class Pool {
     this.#event('warn', 'volume.error', object, `${message}${more}`)
   }
 
-  /** Slots for a thin volume; where too few are free, those that wait to be freed are waited for. */
+  /** Slots for a thin volume; where too few are free, those that wait to be freed are waited for, or others do without theirs. */
   async #allocate(count: number): Promise<number[]> {
     this.#refuseSlots()
     let slots = this.#allocator.allocate(count)
     // Again and again: others take what becomes free meanwhile, and give back more.
-    while (slots === undefined && this.#allocator.freeCount + this.#reclaimer.pendingSlots >= count) {
-      await this.#reclaimer.reclaim()
-      this.#refuseSlots()
+    while (slots === undefined) {
+      if (this.#allocator.freeCount + this.#reclaimer.pendingSlots >= count) {
+        await this.#reclaimer.reclaim()
+        this.#refuseSlots()
+      } else if (!this.#takeBack()) {
+        break
+      }
       slots = this.#allocator.allocate(count)
     }
     if (slots === undefined) {
@@ -604,6 +615,31 @@ export class Pool {
         `the pool ${this.directory} is full: trim or delete something, or add capacity`,
       )
     }
+    this.#watchSpace()
+    return slots
+  }
+
+  /** @returns whether that made slots free */
+  #takeBack(): boolean {
+    const before = this.#allocator.freeCount
+    for (const giveBack of [...this.#givers]) giveBack()
+    return this.#allocator.freeCount > before
+  }
+
+  /** As `#allocate`, for what can be done without. */
+  async #allocateSpare(count: number): Promise<number[]> {
+    this.#refuseSlots()
+    const least = count + Math.ceil((this.#parts.geometry.slots - 1) / LIMITS.poolReserveShare)
+    while (this.#allocator.freeCount < least) {
+      if (this.#allocator.freeCount + this.#reclaimer.pendingSlots < least) {
+        const text = `the rest of the pool ${this.directory} is kept for clients: trim or delete something, or add capacity`
+        throw new StoreError('NO_SPACE', text)
+      }
+      await this.#reclaimer.reclaim()
+      this.#refuseSlots()
+    }
+    const slots = this.#allocator.allocate(count)
+    assert(slots !== undefined, 'slots that are free')
     this.#watchSpace()
     return slots
   }

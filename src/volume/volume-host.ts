@@ -10,6 +10,10 @@ export interface VolumeHost extends PolicyHost {
   readonly hotSet: HotSet
   /** Stores the changed record durably. */
   save(record: VolumeRecord): Promise<void>
+  /** Slots for what can be done without: some are left to clients. @throws StoreError NO_SPACE */
+  allocateSpare(count: number): Promise<number[]>
+  /** `giveBack` is called when somebody lacks slots. @returns ends that */
+  whenWanted(giveBack: () => void): () => void
   /** A contiguous run for a thick volume. @throws StoreError NO_SPACE */
   reserveRun(count: number): Promise<number>
   unreserveRun(slot: number, count: number): void

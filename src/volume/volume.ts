@@ -20,8 +20,10 @@ import type { ChangeWatcher } from './watchers.ts'
 /** Slots that a caller has for itself, until it gives them back or the process ends. */
 export interface ScratchSlots {
   readonly stripeSize: number
-  /** @throws StoreError NO_SPACE */
+  /** @throws StoreError NO_SPACE also where a few are free: those are for clients */
   allocate(count: number): Promise<number[]>
+  /** Calls `giveBack` when somebody lacks slots, who gets what is given back before it returns. @returns ends that */
+  whenWanted(giveBack: () => void): () => void
   free(slots: readonly number[]): void
   write(slot: number, source: Buffer): Promise<void>
   read(slot: number, target: Buffer): Promise<void>
@@ -295,7 +297,8 @@ export class Volume {
     const { datapath } = this.#host
     return {
       stripeSize: this.#host.stripeSize,
-      allocate: (count) => this.#host.allocate(0, count),
+      allocate: (count) => this.#host.allocateSpare(count),
+      whenWanted: (giveBack) => this.#host.whenWanted(giveBack),
       free: (slots) => this.#host.unallocate(slots),
       write: (slot, source) => datapath.writeSlot(slot, 0, source),
       read: (slot, target) => datapath.readSlot(slot, 0, target),
