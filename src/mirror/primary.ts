@@ -86,7 +86,7 @@ export class Primary implements ChangeWatcher {
   #patienceMs: number = LIMITS.mirrorLastStepMs // of clients, for the next last step; more after each that took longer
   #stageToken = ''
   #closed = false
-  #suspended = false // nothing is done with the session for now
+  #suspended = 0 // those who want nothing to be done with the session for now
   #parked = true
   #parkWaiters: (() => void)[] = []
   #size: number // bytes of the volume
@@ -287,13 +287,13 @@ export class Primary implements ChangeWatcher {
 
   /** The session's run does nothing from here on. */
   async stop(reason: string): Promise<void> {
-    this.#suspended = true
+    this.#suspended++
     await this.#halt(reason)
   }
 
   /** After `stop`, where nothing came of it. */
   proceed(reason: string): void {
-    this.#suspended = false
+    this.#suspended--
     this.#again(reason)
   }
 
@@ -347,7 +347,7 @@ export class Primary implements ChangeWatcher {
     while (this.#remote === remote && !this.#closed) {
       this.#interrupt = undefined
       try {
-        if (this.record.paused || this.#suspended) await this.#rest()
+        if (this.record.paused || this.#suspended > 0) await this.#rest()
         else await this.#work(remote)
       } catch (error) {
         if (error instanceof Interrupted) continue
@@ -424,7 +424,7 @@ export class Primary implements ChangeWatcher {
   }
 
   async sizeChanges(): Promise<void> {
-    this.#suspended = true
+    this.#suspended++
     await this.#halt('the volume gets another size')
     await this.#host.volume.lanes.closed() // what comes back from them lies in the old size
   }
@@ -442,7 +442,7 @@ export class Primary implements ChangeWatcher {
       if (before !== this.#agreedSize || size < before)
         this.bits.changeRange(Math.min(unitCount, units) - 1, units)
     }
-    this.#suspended = false
+    this.#suspended--
     this.#again('the volume has another size')
   }
 
@@ -724,7 +724,7 @@ export class Primary implements ChangeWatcher {
         `the mirror is ${state}: it has to be insync or cycling for a planned change of roles`,
       )
     }
-    this.#suspended = true
+    this.#suspended++
     try {
       await this.#halt('a change of roles')
       await this.#handOver(remote, store)
@@ -733,7 +733,7 @@ export class Primary implements ChangeWatcher {
       const text = `the secondary was lost before it had everything: ${error.message}; this side is still primary`
       throw new UserError('FAILED', text, { cause: error })
     } finally {
-      this.#suspended = false
+      this.#suspended--
       this.#again('a change of roles')
     }
   }
