@@ -372,7 +372,12 @@ export class Pool {
         this.#leaving.delete(volume)
         const again = this.#add(volume.record, volume.tables, volume.intentMap)
         leaving.stay()
+        // No client finds it before its mirrors see what clients change.
+        this.#volumes.delete(name)
+        this.#leaving.add(again)
         await this.#deletion?.stays(again)
+        this.#leaving.delete(again)
+        this.#volumes.set(name, again)
         again.resume()
         throw asUserError(error, `volume ${name} was not deleted`)
       }

@@ -1,6 +1,6 @@
 import { afterEach, describe, expect, it } from 'vitest'
 import { StoreError } from '../../src/base/errors.ts'
-import { CommitGate, failing } from '../support/faults.ts'
+import { CommitGate, failing, failingCommits, Gate } from '../support/faults.ts'
 import { Pair } from '../support/mirror-pair.ts'
 import { isPending, until } from '../support/poll.ts'
 
@@ -105,5 +105,36 @@ describe('a primary', () => {
     await one.reach('data', 'degraded', 'connecting', 'negotiating')
     relay.resume()
     await inStep(one)
+  })
+  it('sees what clients change in a volume that could not be deleted', async () => {
+    pair = await Pair.open({ datapath })
+    const { one, two } = pair
+    await one.pool.createVolume({ name: 'data', size: 16 * MIB })
+    const client = await one.connect('data')
+    await client.write(Buffer.alloc(MIB, 1), 0)
+    await one.mirrors.add({ volume: 'data', peer: pair.address, intervalMs: 50 })
+    await inStep(one)
+    await client.close()
+    const mend = failingCommits(({ dropVolumes = [] }) => dropVolumes.length > 0)
+    const gate = new Gate(one.pool.datapath, 'barrier')
+    const deleted = one.pool.deleteVolume('data', { force: true })
+    deleted.catch(() => {})
+    const served = (): boolean => one.pool.volumes().some(({ name }) => name === 'data')
+    // Its primary begins in a quiet moment, after a barrier.
+    const watched = until(
+      () => one.mirrors.list().length > 0 && gate.held.length > 0,
+      'the mirror begins again',
+    )
+    await Promise.race([watched, deleted.catch(() => {})])
+    expect(served()).toBe(false)
+    gate.open()
+    await expect(deleted).rejects.toThrow('not deleted')
+    mend()
+    expect(served()).toBe(true)
+    const again = await one.connect('data')
+    await again.write(Buffer.alloc(UNIT, 3), 5 * UNIT)
+    await inStep(one)
+    await until(() => one.show('data').counters.units > 0, 'it is sent')
+    expect((await two.content('data')).equals(await one.content('data'))).toBe(true)
   })
 })
