@@ -87,7 +87,12 @@ export function mirrorBar(info: MirrorInfo, columns: number, unicode: boolean): 
 export function roleText(info: MirrorInfo): string {
   const text = `mirror ${mirrorLabel(info)}: this side is the ${info.role} now`
   const { changed } = info.local
-  if (info.role === 'primary' || changed === 0) return text
+  if (info.role === 'primary') {
+    const waits = info.mode === 'sync' && info.onLoss === 'block' && !info.connected
+    const how = '`mirror set --on-loss continue` or `mirror pause`'
+    return waits ? `${text}; writes wait until the other side is back: ${how} lets them go on` : text
+  }
+  if (changed === 0) return text
   return `${text}; the other side lacks ${formatSize(changed)} of what was changed here, which is thrown away when that one is promoted`
 }
 

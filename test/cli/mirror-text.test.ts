@@ -24,6 +24,10 @@ describe('mirrors in words', () => {
     expect(side('primary', 65536)).toBe('mirror data/site-b: this side is the primary now')
     expect(side('secondary', 0)).toBe('mirror data/site-b: this side is the secondary now')
     expect(side('secondary', 65536)).toContain('lacks 64K of what was changed here')
+    const alone = { role: 'primary', mode: 'sync', onLoss: 'block', connected: false } as const
+    expect(roleText(mirror(alone))).toContain('writes wait until the other side is back')
+    expect(roleText(mirror({ ...alone, connected: true }))).toBe(side('primary', 0))
+    expect(roleText(mirror({ ...alone, onLoss: 'continue' }))).toBe(side('primary', 0))
   })
 
   it('have a state, with what is done there and why', () => {
