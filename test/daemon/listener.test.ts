@@ -226,20 +226,24 @@ describe('where it listens', () => {
     onTestFinished(() => {
       child.kill('SIGKILL')
     })
-    await until(() => existsSync(path), 'the other server listens')
-    child.kill('SIGSTOP')
-    // The queue of a stopped process fills up; after that, connecting fails although somebody is there.
-    let refused = false
-    for (let count = 0; count < 20 && !refused; count++) {
+    const connecting = (): Promise<string | undefined> => {
       const socket = connect({ path })
       onTestFinished(() => {
         socket.destroy()
       })
-      refused = await new Promise((resolve) => {
-        socket.once('connect', () => resolve(false)).once('error', () => resolve(true))
+      return new Promise((resolve) => {
+        socket
+          .once('connect', () => resolve(undefined))
+          .once('error', ({ code }: NodeJS.ErrnoException) => resolve(code))
       })
     }
-    expect(refused).toBe(true)
+    // Its name is there a little before it listens.
+    await until(async () => (await connecting()) === undefined, 'the other server listens')
+    child.kill('SIGSTOP')
+    // The queue of a stopped process fills up; after that, connecting fails although somebody is there.
+    let refused: string | undefined
+    for (let count = 0; count < 20 && refused === undefined; count++) refused = await connecting()
+    expect(refused).toBe('EAGAIN')
     expect(await failure(Listener.open({ uris: [unixUri(path)], exports: new Taken(), log }))).toMatchObject({
       code: 'BUSY',
     })
