@@ -7,12 +7,12 @@ export interface FreedRun {
   readonly owner: 'thin' | 'thick'
 }
 
+const ROOM_MIN = 64
+
 /**
  * A queue of freed runs, with the sequence since which they are: 17 bytes each, because a cycle of a mirror or the end of a large volume
  * may free millions that lie scattered.
  */
-const ROOM_MIN = 64
-
 export class FreedRuns {
   #pairs = new Uint32Array(2 * ROOM_MIN) // count, slot: sorted as one number of 64 bits (little endian), by slot
   #thick = new Uint8Array(ROOM_MIN)

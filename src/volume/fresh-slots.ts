@@ -3,7 +3,7 @@
  * memory than what the volume itself will need for these stripes, however large the volume is.
  */
 import { MAP_PAGE_ENTRIES } from '../metadata/records.ts'
-import type { FreedRun } from './reclaimer.ts'
+import type { FreedRun } from './freed-runs.ts'
 
 const PAGE_STRIPES = MAP_PAGE_ENTRIES
 

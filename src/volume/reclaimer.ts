@@ -2,8 +2,6 @@ import type { Datapath } from '../datapath/datapath.ts'
 import type { SlotOwner } from '../stripe/allocator.ts'
 import { type FreedRun, FreedRuns } from './freed-runs.ts'
 
-export type { FreedRun } from './freed-runs.ts'
-
 /**
  * Slots whose owner is gone wait here before they are handed out again (DESIGN invariant 3):
  *

@@ -1,7 +1,7 @@
 import { assert } from '../base/assert.ts'
 import type { Datapath } from '../datapath/datapath.ts'
 import { CHANGE, type Change } from '../metadata/journal.ts'
-import type { FreedRun } from './reclaimer.ts'
+import type { FreedRun } from './freed-runs.ts'
 import { consecutive, slotRunsOf } from './runs.ts'
 import type { VolumeTables } from './tables.ts'
 import type { Work, Works } from './works.ts'

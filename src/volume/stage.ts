@@ -1,8 +1,8 @@
 import { assert } from '../base/assert.ts'
 import { Bitmap } from '../base/bitmap.ts'
 import type { Datapath, ExportId } from '../datapath/datapath.ts'
+import type { FreedRun } from './freed-runs.ts'
 import { FreshSlots } from './fresh-slots.ts'
-import type { FreedRun } from './reclaimer.ts'
 import type { VolumeTables } from './tables.ts'
 
 /**

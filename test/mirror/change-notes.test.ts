@@ -8,6 +8,7 @@ import { ChangeNotes } from '../../src/mirror/change-notes.ts'
 import type { StoredMirror } from '../../src/volume/mirror-book.ts'
 import { createPool } from '../../src/volume/pool.ts'
 import { CommitGate, failingAppends } from '../support/faults.ts'
+import { mirrorRecord } from '../support/mirror-sample.ts'
 import { isPending, until } from '../support/poll.ts'
 import { ServedPool } from '../support/served-pool.ts'
 
@@ -27,28 +28,9 @@ describe('changes that the secondary lacks', () => {
     await createPool(directory, { capacity: 4 << 20, chunkSize: 4096 })
     served = await ServedPool.open(directory, 'portable')
     const volume = await served.pool.createVolume({ name: 'v', size: UNITS * UNIT, intents: true })
-    stored = await served.pool.mirrors.add((id) => ({
-      id,
-      relation: '00000000-0000-4000-8000-000000000001',
-      name: 'far',
-      volume: volume.record.id,
-      created: '2026-01-01T00:00:00.000Z',
-      role: 'primary',
-      peer: { name: 'there', fingerprint: null, volume: 'v' },
-      address: 'there:10811',
-      kind: 'link',
-      mode: 'async',
-      init: 'realized',
-      intervalMs: 5000,
-      onLoss: 'continue',
-      rate: null,
-      unitBytes: UNIT,
-      paused: false,
-      initialized: true,
-      base: 'generation-0',
-      cycle: 0,
-      clean: true,
-    }))
+    stored = await served.pool.mirrors.add((id) =>
+      mirrorRecord({ id, volume: volume.record.id, unitBytes: UNIT, initialized: true, clean: true }),
+    )
     notes = new ChangeNotes(served.pool.mirrors, stored)
   })
   afterEach(async () => {

@@ -2,29 +2,17 @@ import { describe, expect, it } from 'vitest'
 import type { MirrorRecord } from '../../src/metadata/records.ts'
 import { judge, type Verdict } from '../../src/mirror/judge.ts'
 import type { RemoteHello } from '../../src/mirror/remote.ts'
+import { mirrorRecord } from '../support/mirror-sample.ts'
 
-const record: MirrorRecord = {
+const record = mirrorRecord({
   id: 1,
-  relation: 'r',
-  name: 'm',
   volume: 1,
-  created: '',
-  role: 'primary',
-  peer: { name: 'p', fingerprint: null, volume: 'v' },
-  address: null,
-  kind: 'link',
-  mode: 'async',
   init: 'full',
-  intervalMs: 1000,
-  onLoss: 'continue',
-  rate: null,
-  unitBytes: 65536,
-  paused: false,
   initialized: true,
   base: 'G2',
   cycle: 7,
   clean: true,
-}
+})
 const own = { current: 'G3', history: ['G2', 'G1'] }
 const hello: RemoteHello = {
   role: 'secondary',

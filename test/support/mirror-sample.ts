@@ -1,3 +1,4 @@
+import type { MirrorRecord } from '../../src/metadata/records.ts'
 import type { MirrorInfo } from '../../src/mirror/types.ts'
 
 /** A mirror with every field that there is. */
@@ -61,4 +62,29 @@ export const MIRROR: MirrorInfo = {
     repaired: false,
     failure: null,
   },
+}
+
+/** What a pool stores of a mirror that was just added. */
+export function mirrorRecord(own: Pick<MirrorRecord, 'id' | 'volume'> & Partial<MirrorRecord>): MirrorRecord {
+  return {
+    relation: `00000000-0000-4000-8000-00000000000${own.id}`,
+    name: 'far',
+    created: '2026-01-01T00:00:00.000Z',
+    role: 'primary',
+    peer: { name: 'there', fingerprint: null, volume: 'v' },
+    address: 'there:10811',
+    kind: 'link',
+    mode: 'async',
+    init: 'realized',
+    intervalMs: 5000,
+    onLoss: 'continue',
+    rate: null,
+    unitBytes: 65536,
+    paused: false,
+    initialized: false,
+    base: 'generation-0',
+    cycle: 0,
+    clean: false,
+    ...own,
+  }
 }

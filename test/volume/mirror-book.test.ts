@@ -9,6 +9,7 @@ import { checkPool } from '../../src/volume/check.ts'
 import type { StoredMirror } from '../../src/volume/mirror-book.ts'
 import { closeParts, createPool, openPoolParts, type VolumeCreateOptions } from '../../src/volume/pool.ts'
 import { CommitGate, failingCommits } from '../support/faults.ts'
+import { mirrorRecord } from '../support/mirror-sample.ts'
 import { isPending, until } from '../support/poll.ts'
 import { Random } from '../support/random.ts'
 import { ServedPool } from '../support/served-pool.ts'
@@ -89,29 +90,8 @@ describe('the mirrors of a pool', () => {
   }
   const make =
     (change: Partial<MirrorRecord> = {}) =>
-    (id: number): MirrorRecord => ({
-      id,
-      relation: `00000000-0000-4000-8000-00000000000${id}`,
-      name: 'far',
-      volume: volume().record.id,
-      created: '2026-01-01T00:00:00.000Z',
-      role: 'primary',
-      peer: { name: 'there', fingerprint: null, volume: 'v' },
-      address: 'there:10811',
-      kind: 'link',
-      mode: 'async',
-      init: 'realized',
-      intervalMs: 5000,
-      onLoss: 'continue',
-      rate: null,
-      unitBytes: UNIT,
-      paused: false,
-      initialized: false,
-      base: 'generation-0',
-      cycle: 0,
-      clean: false,
-      ...change,
-    })
+    (id: number): MirrorRecord =>
+      mirrorRecord({ id, volume: volume().record.id, unitBytes: UNIT, ...change })
   const set = (first: number, count = 1) => ({ first, count, set: true })
   const clear = (first: number, count = 1) => ({ first, count, set: false })
   /** Looks into the files of a pool that is being served, as another daemon would find them. */

@@ -1,5 +1,5 @@
 import { describe, expect, it, vi } from 'vitest'
-import type { FreedRun } from '../../src/volume/reclaimer.ts'
+import type { FreedRun } from '../../src/volume/freed-runs.ts'
 import { Stage } from '../../src/volume/stage.ts'
 import { VolumeTables } from '../../src/volume/tables.ts'
 import { memoryInUse } from '../support/memory.ts'
